@@ -1,0 +1,1 @@
+"""The engines Forebay stands in front of: how each is started, spoken to and understood."""

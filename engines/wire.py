@@ -1,0 +1,82 @@
+"""Error shapes that engines built on the same web stack share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from engines.protocol import EngineError, Fault
+
+_decode = msgspec.json.decode
+
+BUSY_WORDS = ("queue is full", "currently busy", "overloaded", "cannot accept new requests")
+SHUTDOWN_WORDS = ("after shutdown", "shutting down")
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in ``body``, or an empty one when it holds none."""
+    try:
+        value = _decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def error_fields(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of an answer that tells the error: nested, flat, or a bare string (``{"error": "…"}``)."""
+    inner = value.get("error")
+    if isinstance(inner, dict):
+        return inner
+    if isinstance(inner, str):
+        return {"message": inner}
+    if "detail" in value:
+        detail = value["detail"]
+        return {"message": detail if isinstance(detail, str) else msgspec.json.encode(detail).decode()}
+    return value
+
+
+def fault_of(status: int, message: str, *, bare_detail: bool) -> Fault:
+    """Return whose fault a status means. ``bare_detail`` tells a web framework's own answer from the engine's."""
+    lowered = message.lower()
+    if status in (429, 503) or any(word in lowered for word in BUSY_WORDS + SHUTDOWN_WORDS):
+        return Fault.OVERLOADED
+    if status in (401, 403):
+        return Fault.CREDENTIALS
+    if status in (404, 405) and bare_detail:
+        return Fault.UNSUPPORTED
+    if status == 404:
+        return Fault.UNKNOWN_MODEL
+    if 400 <= status < 500:
+        return Fault.REQUEST
+    return Fault.FAILED
+
+
+def read_error(status: int, body: bytes) -> EngineError:
+    """Read an error answer of any of the known shapes."""
+    value = parse(body)
+    fields = error_fields(value)
+    message = fields.get("message")
+    if not isinstance(message, str) or not message:
+        text = body[:200].decode("utf-8", "replace").strip()
+        message = text if text and not value else f"the engine answered {status} without a message"
+    param = fields.get("param")
+    fault = fault_of(status, message, bare_detail="detail" in value)
+    code = "context_length_exceeded" if fault is Fault.REQUEST and is_too_long(message) else None
+    return EngineError(fault, message, param if isinstance(param, str) else None, code)
+
+
+def is_too_long(message: str) -> bool:
+    """Tell whether a message says that the prompt does not fit the model."""
+    lowered = message.lower()
+    return "context length" in lowered or "maximum model length" in lowered or "max_model_len" in lowered
+
+
+def status_in(fields: dict[str, Any]) -> int:
+    """Return the status an in-stream error carries in ``code``; 500 when it names none."""
+    code = fields.get("code")
+    if isinstance(code, int):
+        return code
+    if isinstance(code, str) and code.isdigit():
+        return int(code)
+    return 500

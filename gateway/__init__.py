@@ -1,0 +1,1 @@
+"""The gateway: one ASGI service in front of inference engines."""

@@ -1,0 +1,97 @@
+"""What can go wrong, whose fault it is, and the one table that turns it into HTTP.
+
+The status, type and code of every kind are the wire contract of the OpenAI SDKs; the last column is the type that
+Anthropic's SDK expects for the same situation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+import msgspec
+
+
+class Row(NamedTuple):
+    """One row of the table: how a kind of refusal looks on the wire."""
+
+    status: int
+    type: str
+    code: str | None
+    anthropic: str
+    anthropic_status: int
+    retry: bool | None = None
+    """``x-should-retry``; None leaves it to the SDK's own rule for the status."""
+
+
+_INVALID = "invalid_request_error"
+
+
+class Kind(Enum):
+    """Every refusal and failure a client can meet."""
+
+    # The client's fault.
+    INVALID = Row(400, _INVALID, None, _INVALID, 400)
+    TOO_LONG = Row(400, _INVALID, "context_length_exceeded", _INVALID, 400)
+    UNSUPPORTED = Row(400, _INVALID, "unsupported_operation", _INVALID, 400)
+    FORBIDDEN_FIELD = Row(400, _INVALID, "field_not_allowed", _INVALID, 400)
+    MEDIA = Row(400, _INVALID, "media_not_allowed", _INVALID, 400)
+    NO_KEY = Row(401, _INVALID, "invalid_api_key", "authentication_error", 401)
+    NO_RIGHT = Row(403, "permission_error", "model_not_allowed", "permission_error", 403)
+    NO_MODEL = Row(404, _INVALID, "model_not_found", "not_found_error", 404)
+    NO_PATH = Row(404, _INVALID, "unknown_url", "not_found_error", 404)
+    NO_METHOD = Row(405, _INVALID, "method_not_allowed", _INVALID, 405)
+    SLOW_CLIENT = Row(408, _INVALID, "request_timeout", _INVALID, 408)
+    TOO_LARGE = Row(413, _INVALID, "request_too_large", "request_too_large", 413)
+    CONTENT_TYPE = Row(415, _INVALID, "unsupported_media_type", _INVALID, 415)
+    HEADERS_TOO_LARGE = Row(431, _INVALID, "headers_too_large", _INVALID, 431)
+    # Nobody's fault: there is no room.
+    BUSY = Row(503, "service_unavailable_error", "server_is_overloaded", "overloaded_error", 529)
+    # The engine's fault, or ours.
+    NO_ENGINE = Row(503, "service_unavailable_error", "server_is_overloaded", "overloaded_error", 529)
+    ENGINE_FAILED = Row(502, "server_error", "engine_failed", "api_error", 502)
+    ENGINE_SLOW = Row(504, "server_error", "engine_timeout", "api_error", 504)
+    SHUTDOWN = Row(503, "service_unavailable_error", "server_shutting_down", "overloaded_error", 529)
+    INTERNAL = Row(500, "server_error", "internal_error", "api_error", 500)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that is not served, as a value.
+
+    ``message`` says what happened and what to do; ``code`` overrides the kind's own; ``retry_after`` is in seconds.
+    """
+
+    kind: Kind
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after: float | None = None
+    headers: tuple[tuple[bytes, bytes], ...] = field(default=())
+
+    def openai_error(self) -> dict[str, str | None]:
+        """Return the object inside OpenAI's envelope."""
+        row = self.kind.value
+        return {"message": self.message, "type": row.type, "param": self.param, "code": self.code or row.code}
+
+    def extra_headers(self) -> list[tuple[bytes, bytes]]:
+        """Return what the SDKs read about retrying: ``retry-after`` in whole seconds rounded up, and in ms."""
+        extra = list(self.headers)
+        if self.retry_after is not None:
+            extra.append((b"retry-after", b"%d" % -(-self.retry_after // 1)))
+            extra.append((b"retry-after-ms", b"%d" % -(-self.retry_after * 1000 // 1)))
+        if self.kind.value.retry is not None:
+            extra.append((b"x-should-retry", b"true" if self.kind.value.retry else b"false"))
+        return extra
+
+
+def openai_body(refusal: Refusal, request_id: str) -> bytes:
+    """Return OpenAI's error envelope."""
+    return msgspec.json.encode({"error": refusal.openai_error()})
+
+
+def anthropic_body(refusal: Refusal, request_id: str) -> bytes:
+    """Return Anthropic's error envelope."""
+    error = {"type": refusal.kind.value.anthropic, "message": refusal.message}
+    return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
