@@ -1,0 +1,824 @@
+"""The frozen configuration tree, and the only reader of `forebay.yaml` and of the environment.
+
+Precedence: overrides given to `load` (the command line) > environment (`FOREBAY_LISTEN__PORT=9000`) > file > defaults.
+Durations are floats in seconds, sizes are ints in bytes; files and environment may say `15s` or `10MB` instead.
+A reload builds a second tree and swaps the reference: nothing here is ever changed in place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import ipaddress
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SecretStr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+KIB = 1024
+MIB = 1024 * KIB
+ENV_PREFIX = "FOREBAY_"
+MAX_NAME_LENGTH = 200
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; `problems` holds every reason, one readable line each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems: list[str] = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+# --- durations, sizes, names, networks ---------------------------------------------------------------------------
+
+_NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
+_DURATION = rf"^({_NUMBER}(us|ms|s|m|h|d))+$|^{_NUMBER}$"
+_DURATION_PART = re.compile(rf"({_NUMBER})(us|ms|s|m|h|d)")
+_SIZE = rf"^({_NUMBER}) ?([kKmMgG]?[iI]?[bB])?$"
+_MOST_SECONDS = 1e9
+_MOST_BYTES = 2**60
+_SECONDS_PER_UNIT = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES_PER_UNIT = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": KIB, "mib": MIB, "gib": 1024 * MIB}
+
+
+def parse_duration(value: object) -> float:
+    """Seconds from a number or from `500ms`, `15s`, `1h30m`; ValueError when it is neither, or negative."""
+    seconds = math.nan
+    if isinstance(value, str) and re.fullmatch(_DURATION, value.strip(), re.ASCII):
+        parts = _DURATION_PART.findall(value)
+        seconds = math.fsum(float(n) * _SECONDS_PER_UNIT[unit] for n, unit in parts) if parts else float(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = value
+    if not 0 <= seconds <= _MOST_SECONDS:  # also false for a NaN
+        raise ValueError("should be a duration such as 500ms, 15s, 2m or 1h, or a number of seconds; not negative")
+    return float(seconds)
+
+
+def parse_size(value: object) -> int:
+    """Bytes from a whole number or from `10MB` (10⁷), `1MiB` (2²⁰); ValueError when it is neither, or negative."""
+    size = math.nan
+    if isinstance(value, str):
+        match = re.fullmatch(_SIZE, value.strip(), re.ASCII)
+        unit = (match[2] or "b").lower() if match else ""
+        if match and unit in _BYTES_PER_UNIT:
+            size = (float(match[1]) if "." in match[1] else int(match[1])) * _BYTES_PER_UNIT[unit]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        size = value
+    if not 0 <= size <= _MOST_BYTES or size != int(size):
+        raise ValueError("should be a size such as 256KB, 10MB or 1MiB, or a whole number of bytes; not negative")
+    return int(size)
+
+
+def check_name(value: str) -> str:
+    """A name fit for a header, a log line and a metric label; ValueError otherwise."""
+    if not value or len(value) > MAX_NAME_LENGTH or not value.isprintable() or value != value.strip():
+        raise ValueError(f"should be a name of 1 to {MAX_NAME_LENGTH} printable characters without spaces at its ends")
+    return value
+
+
+def _model_pattern(value: str) -> str:
+    if "*" in value.removesuffix("*"):
+        raise ValueError("should be a model name, or the beginning of one followed by a single *")
+    return check_name(value)
+
+
+def _network(value: object) -> IPv4Network | IPv6Network:
+    if isinstance(value, IPv4Network | IPv6Network):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("should be an address or a network such as 10.0.0.0/8")  # noqa: TRY004 - pydantic needs it
+    try:
+        return ipaddress.ip_network(value)
+    except ValueError as error:
+        raise ValueError(f"should be an address or a network such as 10.0.0.0/8 ({error})") from None
+
+
+def _utc(value: datetime) -> datetime:
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _above_zero(value: float) -> float:
+    if value <= 0:
+        raise ValueError("should be more than zero")
+    return value
+
+
+def _duration_schema(**more: object) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [{"type": "number", **more}, {"type": "string", "pattern": _DURATION}]})
+
+
+def _upstream_url(value: str) -> str:
+    """The URL without a trailing slash. The texts never repeat it: it may hold a password."""
+    shape = "write http://host:port, https://host:port or unix:/path/to/socket"
+    if value.startswith("unix:"):
+        if not value.startswith("unix:/") or len(value) < len("unix:/x"):
+            raise ValueError(f"names no absolute path of a socket; {shape}")
+        return value
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:
+        raise ValueError(f"is not a URL; {shape}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"has no scheme the gateway speaks; {shape}")
+    if "@" in parts.netloc:
+        raise ValueError("holds credentials; take them out and put the engine's key into api_key_file or api_key_env")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    plain = f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError(f"has something after host and port; write {plain}, the gateway adds the paths itself")
+    return plain
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _secret(owner: str, given: SecretStr | None, file: Path | None, variable: str | None) -> str:
+    """The one secret of the three places; ConfigError says what is wrong with the place, never what it holds."""
+    if file is not None:
+        place = f"{owner}: file {file}"
+        try:
+            value = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not text"
+            raise ConfigError([f"{place} cannot be read ({reason})"]) from None
+    elif variable is not None:
+        place = f"{owner}: environment variable {variable}"
+        value = os.environ.get(variable, "").strip()
+    else:
+        place = f"{owner}: the key in the configuration"
+        value = given.get_secret_value() if given is not None else ""
+    if not value:
+        raise ConfigError([f"{place} is empty or not set"])
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise ConfigError([f"{place} holds characters that cannot travel in a header (spaces, line ends, non-ASCII)"])
+    return value
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration), _duration_schema(minimum=0)]
+PositiveDuration = Annotated[
+    float, BeforeValidator(parse_duration), AfterValidator(_above_zero), _duration_schema(exclusiveMinimum=0)
+]
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": _SIZE}]}),
+]
+Count = Annotated[int, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Name = Annotated[str, AfterValidator(check_name)]
+UpstreamUrl = Annotated[str, AfterValidator(_upstream_url)]
+ModelPattern = Annotated[str, AfterValidator(_model_pattern)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+Moment = Annotated[datetime, AfterValidator(_utc)]
+Network = Annotated[
+    IPv4Network | IPv6Network,
+    PlainValidator(_network),
+    PlainSerializer(str, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "examples": ["10.0.0.0/8"]}),
+]
+
+
+# --- the tree ----------------------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    """One mapping of the file: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True, validate_default=False
+    )
+
+
+class Tls(Section):
+    """Certificate and key this gateway shows to its clients (PEM files)."""
+
+    certificate: UserPath
+    """Certificate chain, the server's own first."""
+    private_key: UserPath
+    """Private key of the certificate, without a passphrase."""
+
+
+class Listen(Section):
+    """Where clients reach the gateway."""
+
+    host: str = "127.0.0.1"
+    """Address to bind. 0.0.0.0 opens the gateway to the network."""
+    port: Port = 8000
+    """TCP port; 0 takes any free one."""
+    unix_socket: UserPath | None = None
+    """Path of a Unix socket to bind instead of host and port."""
+    face: Literal["protocol", "asgi"] = "protocol"
+    """`protocol` is the fast way through the pinned uvicorn, `asgi` the portable one."""
+    keep_alive: PositiveDuration = 75.0
+    """How long an idle connection stays open; longer than the load balancer's own time-out."""
+    backlog: Count = 2048
+    """Connections the kernel may hold before they are accepted."""
+    tls: Tls | None = None
+    """Serve HTTPS with this certificate."""
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only programs of this machine can connect."""
+        return self.unix_socket is not None or _is_loopback(self.host)
+
+
+class AdminListen(Section):
+    """Where metrics, documentation and the admin API are served; loopback unless you say otherwise."""
+
+    host: str = "127.0.0.1"
+    """Address to bind."""
+    port: Port = 8001
+    """TCP port; 0 takes any free one."""
+    enabled: bool = True
+    """Whether to listen at all."""
+
+
+class Caps(Section):
+    """The most a key may ask for in one request; nothing set means no cap of its own."""
+
+    n: Count | None = None
+    """Answers per request (`n`, `best_of`)."""
+    max_tokens: Count | None = None
+    """Output tokens per answer."""
+    context: Count | None = None
+    """Prompt and output tokens together."""
+    body: Size | None = None
+    """Bytes of a request body."""
+    media: Size | None = None
+    """Bytes of one data URL inside a message."""
+
+
+class KeySettings(Section):
+    """An API key declared in the file. The key itself comes from exactly one of sha256, key, key_file, key_env."""
+
+    name: Name
+    """Who uses it; shown in logs and metrics."""
+    tenant: Name | None = None
+    """Who is charged and limited for it; its own name when left out."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = Field(default=None, repr=False)
+    """SHA-256 of the key, in hexadecimal: the key itself need not be in the file."""
+    key: SecretStr | None = None
+    """The key itself."""
+    key_file: UserPath | None = None
+    """A file holding the key, such as a mounted secret."""
+    key_env: str | None = None
+    """An environment variable holding the key."""
+    models: tuple[ModelPattern, ...] | None = None
+    """Models it may use, exact or ending in *; all when left out."""
+    caps: Caps = Caps()
+    """The most it may ask for in one request."""
+    expires: Moment | None = None
+    """When it stops working; UTC when no zone is given."""
+    trust_domain: Name | None = None
+    """Keys of one trust domain may share an engine's prefix cache."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> KeySettings:
+        given = [name for name in ("sha256", "key", "key_file", "key_env") if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(given) or "none of them"
+            raise ValueError(f"should have exactly one of sha256, key, key_file and key_env, but has {said}")
+        return self
+
+    def digest(self) -> bytes:
+        """SHA-256 of the key (32 bytes), read from wherever it is kept; ConfigError when it cannot be read."""
+        if self.sha256 is not None:
+            return bytes.fromhex(self.sha256)
+        return hashlib.sha256(_secret(f"key {self.name!r}", self.key, self.key_file, self.key_env).encode()).digest()
+
+
+class Upstream(Section):
+    """An engine that already runs and is known by its URL."""
+
+    url: UpstreamUrl
+    """http://host:port, https://host:port or unix:/path/to/socket."""
+    engine: str = "vllm"
+    """What kind of engine answers there."""
+    name: Name | None = None
+    """Its name in logs and metrics; the URL when left out."""
+    api_key: SecretStr | None = None
+    """The engine's own key."""
+    api_key_file: UserPath | None = None
+    """A file holding the engine's own key."""
+    api_key_env: str | None = None
+    """An environment variable holding the engine's own key."""
+    models: dict[Name, Name] | None = None
+    """Public model name → the engine's own name; found by asking the engine when left out."""
+    ca_file: UserPath | None = None
+    """Certificates to trust for https instead of the system's."""
+    max_connections: Count = 1024
+    """Connections this gateway may hold to it."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> Upstream:
+        given = [name for name in ("api_key", "api_key_file", "api_key_env") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"should have at most one of {', '.join(given)}")
+        if self.ca_file is not None and not self.url.startswith("https://"):
+            raise ValueError("ca_file is for https:// URLs only; take it out or change the URL")
+        return self
+
+    def credential(self) -> str | None:
+        """The engine's own key, read from wherever it is kept, or None; ConfigError when it cannot be read."""
+        if self.api_key is None and self.api_key_file is None and self.api_key_env is None:
+            return None
+        return _secret(f"upstream {self.name or self.url!r}", self.api_key, self.api_key_file, self.api_key_env)
+
+
+class LocalEngine(Section):
+    """An engine that `forebay serve` installs, starts and minds on this machine."""
+
+    name: Name
+    """Its name in logs and metrics."""
+    kind: str = "vllm"
+    """Which engine to run."""
+    device: Literal["cpu", "cuda", "ascend"] = "cpu"
+    """What it computes on."""
+    model: str = "smollm2-135m-instruct"
+    """The packaged model, a Hugging Face model id or a directory."""
+    served_name: Name | None = None
+    """The public name of its model; derived from `model` when left out."""
+    port: Port | None = None
+    """Loopback port of the engine; a free one when left out."""
+    max_model_len: Count | None = None
+    """Longest context in tokens; the engine's choice when left out."""
+    args: tuple[str, ...] = ()
+    """More arguments for the engine's own command line."""
+    environment: dict[str, str] = Field(default={}, repr=False)
+    """More environment variables for the engine."""
+
+
+class Timeouts(Section):
+    """How long to wait for each step of a request."""
+
+    connect: PositiveDuration = 5.0
+    """For a connection to an engine."""
+    first_byte: PositiveDuration = 600.0
+    """For an engine's first byte of an answer, prefill included."""
+    idle: PositiveDuration = 120.0
+    """Between two reads of an answer."""
+    total: PositiveDuration = 3600.0
+    """For a whole request."""
+    headers: PositiveDuration = 10.0
+    """For a client to send its request headers."""
+    body: PositiveDuration = 60.0
+    """For a client to send its request body."""
+    write: PositiveDuration = 60.0
+    """For a client that does not read to take the next bytes."""
+
+
+class EdgeLimits(Section):
+    """The most one client, or all of them together, may make this process hold."""
+
+    body: Size = 10 * MIB
+    """Request body."""
+    header_bytes: Size = 64 * KIB
+    """All headers of a request."""
+    header_count: Count = 100
+    """Number of headers of a request."""
+    response: Size = 64 * MIB
+    """An answer that is not a stream."""
+    event: Size = 1 * MIB
+    """One event of a stream."""
+    parse_budget: Size = 256 * MIB
+    """Request bodies held at once by the whole process."""
+    offload_above: Size = 256 * KIB
+    """Bodies larger than this are parsed outside the event loop."""
+    connections: Count = 100_000
+    """Client connections at once."""
+
+
+class Stream(Section):
+    """How streamed answers are relayed."""
+
+    heartbeat_after: Duration = 15.0
+    """Silence after which a comment keeps the connection alive; 0 turns it off."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Other engines to try while nothing has reached the client."""
+
+
+class Media(Section):
+    """Images, audio and files inside messages."""
+
+    remote: Literal["off", "engine"] = "off"
+    """Remote URLs: `off` refuses them, `engine` lets the engine fetch from `hosts`."""
+    hosts: tuple[str, ...] = ()
+    """Host names, exactly as in the URL, that may be fetched from."""
+    data_url: Size = 8 * MIB
+    """Largest data URL."""
+    paths: dict[Annotated[str, Field(pattern="^/")], Size] = {}
+    """Largest data URL on one path, such as /v1/embeddings."""
+
+
+class Shutdown(Section):
+    """What happens between SIGTERM and the end."""
+
+    announce: Duration = 5.0
+    """Not ready, but still serving, so that load balancers notice; 0 on a laptop."""
+    drain: Duration = 30.0
+    """How long requests in flight may still run."""
+
+
+class Log(Section):
+    """One line a request, never a prompt or a key in it."""
+
+    format: Literal["json", "console"] = "json"
+    """`json` for machines, `console` for people."""
+    file: UserPath | None = None
+    """File to append to; standard error when left out."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least important lines to write."""
+
+
+class MetricsSettings(Section):
+    """What /metrics shows."""
+
+    max_label_values: Count = 100
+    """Tenants and models shown by name; the rest is `other`."""
+
+
+class State(Section):
+    """What survives a restart: keys."""
+
+    url: str | None = Field(default=None, repr=False)
+    """SQLAlchemy URL, postgresql+psycopg://… for several machines; a SQLite file in data_dir when left out."""
+    key_cache: Duration = 3600.0
+    """How long known keys keep working while the database cannot be reached."""
+
+
+class Discovery(Section):
+    """How the engines behind the gateway are watched."""
+
+    interval: PositiveDuration = 5.0
+    """Between two looks at a healthy engine."""
+    down_interval: PositiveDuration = 1.0
+    """Between two looks at one that is down."""
+
+
+def _default_data_dir() -> Path:
+    home = os.environ.get("FOREBAY_HOME")
+    return Path(home).expanduser() if home else Path.home() / ".local" / "share" / "forebay"
+
+
+class Settings(BaseSettings):
+    """The whole configuration. Built directly it reads nothing but FOREBAY_HOME; `load` reads file and environment."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,
+        validate_default=False,
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+    )
+
+    listen: Listen = Listen()
+    """Where clients reach the gateway."""
+    admin: AdminListen = AdminListen()
+    """Where metrics, documentation and the admin API are served."""
+    auth: Literal["keys", "none"] = "keys"
+    """`none` lets everybody in: for a laptop."""
+    keys: tuple[KeySettings, ...] = ()
+    """Keys declared here; more are made with `forebay keys create`."""
+    trusted_proxies: tuple[Network, ...] = ()
+    """Proxies whose X-Forwarded-For is believed."""
+    upstreams: tuple[Upstream, ...] = ()
+    """Engines that already run."""
+    engines: tuple[LocalEngine, ...] = ()
+    """Engines to run on this machine."""
+    timeouts: Timeouts = Timeouts()
+    """How long to wait for each step of a request."""
+    limits: EdgeLimits = EdgeLimits()
+    """The most this process may be made to hold."""
+    stream: Stream = Stream()
+    """How streamed answers are relayed."""
+    media: Media = Media()
+    """Images, audio and files inside messages."""
+    shutdown: Shutdown = Shutdown()
+    """What happens between SIGTERM and the end."""
+    log: Log = Log()
+    """One line a request."""
+    metrics: MetricsSettings = MetricsSettings()
+    """What /metrics shows."""
+    state: State = State()
+    """What survives a restart."""
+    data_dir: UserPath = Field(default_factory=_default_data_dir)
+    """Engines' environments, models and the SQLite file; $FOREBAY_HOME or ~/.local/share/forebay when left out."""
+    discovery: Discovery = Discovery()
+    """How the engines behind the gateway are watched."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take only what is passed in: `load` merges the sources itself, so that tests see no environment."""
+        return (init_settings,)
+
+    @property
+    def state_url(self) -> str:
+        """SQLAlchemy URL of the state database; may hold a password, never print it."""
+        return self.state.url or f"sqlite:///{self.data_dir / 'forebay.db'}"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        problems = list(_cross_field_problems(self))
+        if problems:
+            raise PydanticCustomError("forebay_problems", "several parts do not fit together", {"problems": problems})
+        return self
+
+
+# --- checks across sections --------------------------------------------------------------------------------------
+
+
+def _repeated(values: Iterable[Hashable]) -> set[Hashable]:
+    return {value for value, count in Counter(values).items() if count > 1}
+
+
+def _cross_field_problems(settings: Settings) -> Iterator[str]:
+    """What no section can see alone. Reads no file: keys kept elsewhere are compared by `_key_problems`."""
+    listen, admin = settings.listen, settings.admin
+    if admin.enabled and listen.unix_socket is None and listen.port == admin.port != 0:
+        yield f"admin.port: is {admin.port} like listen.port; give one of them another port"
+    for index, engine in enumerate(settings.engines):
+        if engine.port and engine.port in (listen.port, admin.port):
+            yield f"engines[{index}].port: is the gateway's own port {engine.port}; leave it out or take another"
+    if settings.media.hosts and settings.media.remote == "off":
+        yield "media.hosts: has no effect while media.remote is off; take it out or write remote: engine"
+    names: dict[str, list[Hashable]] = {
+        "keys[{}].name": [key.name for key in settings.keys],
+        "keys[{}].sha256": [key.sha256 and key.sha256.lower() for key in settings.keys],
+        "upstreams[{}].url": [upstream.url for upstream in settings.upstreams],
+        "upstreams[{}].name": [upstream.name for upstream in settings.upstreams],
+        "engines[{}].name": [engine.name for engine in settings.engines],
+        "engines[{}].port": [engine.port or None for engine in settings.engines],
+    }
+    for path, values in names.items():
+        for index, value in enumerate(values):
+            first = values.index(value)
+            if value is not None and first != index:
+                yield f"{path.format(index)}: is the same as {path.format(first)}; each must be its own"
+
+
+def _key_problems(settings: Settings) -> Iterator[str]:
+    """Keys and credentials that cannot be read, and keys that are the same although kept in different places."""
+    seen: dict[bytes, int] = {}
+    for index, key in enumerate(settings.keys):
+        try:
+            first = seen.setdefault(key.digest(), index)
+        except ConfigError as error:
+            yield from (f"keys[{index}]: {problem}" for problem in error.problems)
+            continue
+        if first != index and (key.sha256 is None or settings.keys[first].sha256 is None):
+            yield f"keys[{index}]: is the same key as keys[{first}]; each must be its own"
+    for index, upstream in enumerate(settings.upstreams):
+        try:
+            upstream.credential()
+        except ConfigError as error:
+            yield from (f"upstreams[{index}]: {problem}" for problem in error.problems)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error: the parser would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build the mapping after making sure that each key is there once."""
+        keys = [(key.value, key.start_mark) for key, _ in node.value]
+        twice = _repeated(key for key, _ in keys if isinstance(key, str))
+        for key, mark in reversed(keys):
+            if key in twice:
+                raise yaml.MarkedYAMLError(problem=f"{key!r} is given twice in one mapping", problem_mark=mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The file as a mapping, unchecked; ConfigError when there is no such file or it is not a YAML mapping."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file; start from forebay.example.yaml"]) from None
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read ({error.strerror})"]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([f"{path}: is not UTF-8 text"]) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError([f"{path}{where}: {error.problem}"]) from None
+    except yaml.YAMLError:
+        raise ConfigError([f"{path}: is not YAML (it holds control characters)"]) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError([f"{path}: should be a mapping such as `listen: {{port: 8000}}`"])
+    return tree
+
+
+def _environment_tree() -> dict[str, Any]:
+    """FOREBAY_… variables as a tree. One whose first part before `__` is no section is refused as an unknown key."""
+    try:
+        tree: dict[str, Any] = EnvSettingsSource(Settings)()
+    except SettingsError as error:
+        field = re.search(r'field "(\w+)"', str(error))
+        name = f"{ENV_PREFIX}{field[1].upper()}" if field else f"a {ENV_PREFIX}… variable"
+        raise ConfigError([f'{name}: should hold JSON, such as \'[{{"name": "a"}}]\'']) from None
+    for variable, value in os.environ.items():
+        first, delimiter, rest = variable.removeprefix(ENV_PREFIX).lower().partition("__")
+        # Without `__` it may be anybody's: Kubernetes sets FOREBAY_PORT and more for a service of that name.
+        if variable.startswith(ENV_PREFIX) and delimiter and rest and first not in Settings.model_fields:
+            tree[first] = value
+    return tree
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`: mappings are merged, everything else (lists too) is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def load(path: Path | None, overrides: Mapping[str, object] = {}) -> Settings:
+    """Read the configuration. `path` None: no file. `overrides` is a tree like the file's and wins over everything.
+
+    Raises ConfigError with every problem found: unknown keys, wrong values, keys that cannot be read or are the same.
+    """
+    tree = _merge(_merge(read_tree(path) if path else {}, _environment_tree()), overrides)
+    wrong_keys = [repr(key) for key in tree if not isinstance(key, str)]
+    if wrong_keys:
+        raise ConfigError([f"{key}: unknown key; keys are words" for key in wrong_keys])
+    try:
+        settings = Settings(**tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+    problems = list(_key_problems(settings))
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+# --- saying what is wrong ----------------------------------------------------------------------------------------
+
+
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    """The section inside `Tls | None`, `tuple[Upstream, ...]` and the like."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_of(argument) for argument in get_args(annotation))
+    return next((section for section in found if section is not None), None)
+
+
+def _all_paths(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Every key of the tree, dotted, with [] for the items of a list."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            is_list = str(field.annotation).startswith("tuple")
+            yield from _all_paths(inner, f"{prefix}{name}{'[]' if is_list else ''}.")
+
+
+def _dotted(location: Sequence[str | int]) -> str:
+    """`upstreams[1].url` for a location, without the names pydantic gives to the arms of a union."""
+    path = ""
+    section: type[BaseModel] | None = Settings
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            path += f".{part}" if path else part
+            field = section.model_fields.get(part) if section else None
+            section = _section_of(field.annotation) if field else None
+    return path
+
+
+def _nearest(path: str) -> str:
+    """`; did you mean …?` for an unknown key, looking beside it first and then in the whole tree; may be empty."""
+    parent, _, name = path.rpartition(".")
+    general = re.sub(r"\[\d+\]", "[]", parent)
+    known = list(_all_paths())
+    beside = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == general}
+    near = difflib.get_close_matches(name, beside, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {parent + '.' if parent else ''}{near[0]}?"
+    elsewhere = [p for p in known if p.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    return f"; known here: {', '.join(beside)}" if beside else ""
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line for each thing wrong, with its full path and never with the value, which may be a secret."""
+    problems: list[str] = []
+    for detail in error.errors(include_url=False, include_input=False):
+        problems.extend(_explain_one(detail))
+    return problems
+
+
+def _explain_one(detail: ErrorDetails) -> list[str]:
+    if detail["type"] == "forebay_problems":
+        return list(detail["ctx"]["problems"])
+    path = _dotted(detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return [f"{path}: unknown key{_nearest(path)}"]
+    if detail["type"] == "missing":
+        return [f"{path}: is missing"]
+    if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return [f"{path}: should be a mapping of keys to values"]
+    if detail["type"] == "tuple_type":
+        return [f"{path}: should be a list"]
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    return [f"{path}: {message[0].lower()}{message[1:]}"]
+
+
+# --- schema, differences, fingerprint ----------------------------------------------------------------------------
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (2020-12) of the file for editors, with the words of this module as descriptions."""
+    schema = Settings.model_json_schema(mode="validation")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "forebay.yaml"}
+
+
+# What is bound, opened or started once; everything else is read anew for each request or each look.
+NEEDS_RESTART = ("listen", "admin", "state", "log.file", "data_dir", "engines")
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Dotted paths that differ between two trees: those that take effect while running and those that cannot."""
+
+    live: list[str]
+    needs_restart: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.live or self.needs_restart)
+
+
+def _differing(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:
+    for name in type(old).model_fields:
+        before, after = getattr(old, name), getattr(new, name)
+        if isinstance(before, BaseModel) and isinstance(after, BaseModel):
+            yield from _differing(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield prefix + name
+
+
+def diff(old: Settings, new: Settings) -> Changes:
+    """What changed from `old` to `new`; a list such as `keys` counts as one thing."""
+    paths = list(_differing(old, new))
+    fixed = [p for p in paths if any(p == root or p.startswith(f"{root}.") for root in NEEDS_RESTART)]
+    return Changes(live=[p for p in paths if p not in fixed], needs_restart=fixed)
+
+
+def fingerprint(settings: Settings) -> str:
+    """SHA-256 (hex) over everything configured, secrets included: replicas that differ notice, nobody learns them."""
+    secrets = [key.digest().hex() for key in settings.keys]
+    secrets += [hashlib.sha256((u.credential() or "").encode()).hexdigest() for u in settings.upstreams]
+    canonical = json.dumps([settings.model_dump(mode="json"), secrets], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
