@@ -695,7 +695,7 @@ def load(path: Path | None, overrides: Mapping[str, object] = {}) -> Settings:
     try:
         settings = Settings(**tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
     problems = list(_key_problems(settings))
     if problems:
         raise ConfigError(problems)
@@ -752,7 +752,7 @@ def _nearest(path: str) -> str:
     return f"; known here: {', '.join(beside)}" if beside else ""
 
 
-def _explain(error: ValidationError) -> list[str]:
+def explain(error: ValidationError) -> list[str]:
     """One line for each thing wrong, with its full path and never with the value, which may be a secret."""
     problems: list[str] = []
     for detail in error.errors(include_url=False, include_input=False):
@@ -772,8 +772,11 @@ def _explain_one(detail: ErrorDetails) -> list[str]:
         return [f"{path}: should be a mapping of keys to values"]
     if detail["type"] == "tuple_type":
         return [f"{path}: should be a list"]
+    if detail["type"] == "string_pattern_mismatch" and detail["loc"][-1] == "sha256":
+        return [f"{path}: should be 64 hexadecimal digits; type: printf %s 'the-key' | sha256sum"]
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return [f"{path}: {message[0].lower()}{message[1:]}"]
+    message = message[0].lower() + message[1:]
+    return [f"{path}: {message}" if path else message]
 
 
 # --- schema, differences, fingerprint ----------------------------------------------------------------------------

@@ -1,0 +1,173 @@
+"""The state database: its tables, how it is opened and how it is brought up to date.
+
+SQLite in WAL mode by default, PostgreSQL by URL; both through the same SQL. Everything here blocks: call it in a
+thread. Every failure leaves as a StateError whose text holds no password.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+BUSY_TIMEOUT = 5.0
+"""Seconds a SQLite writer waits for another one."""
+READ_ONLY = "forebay_read_only"
+"""Execution option of a connection that will write nothing."""
+_UPGRADE_LOCK = 0x464F5245
+"""PostgreSQL advisory lock under which one replica migrates while the others wait."""
+
+metadata = sa.MetaData(
+    naming_convention={"pk": "pk_%(table_name)s", "uq": "uq_%(table_name)s_%(column_0_name)s"}  # names both know
+)
+
+keys_table = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("public_id", sa.String(32), nullable=False, unique=True),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("tenant", sa.String(200), nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False, unique=True),
+    sa.Column("models", sa.JSON(none_as_null=True)),
+    sa.Column("caps", sa.JSON, nullable=False),
+    sa.Column("trust_domain", sa.String(200)),
+    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+    sa.Column("expires_at", sa.DateTime(timezone=True)),
+    sa.Column("revoked_at", sa.DateTime(timezone=True)),
+)
+
+version_table = sa.Table(
+    "state_version",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("version", sa.BigInteger, nullable=False),
+)
+
+
+class StateError(Exception):
+    """The state database cannot be used, or refuses what was asked; the text says why and what to do."""
+
+
+def open_database(url: str) -> sa.Engine:
+    """An engine for `url`, without connecting yet. StateError when the URL is wrong or its driver is not installed."""
+    try:
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+            raise StateError(f"state.url: {parsed.get_backend_name()} is not supported; use sqlite or postgresql")
+        engine = sa.create_engine(parsed, pool_pre_ping=parsed.get_backend_name() == "postgresql")
+    except (ArgumentError, NoSuchModuleError):
+        raise StateError(
+            "state.url: is not a database URL; write sqlite:////path/to/forebay.db or postgresql://user@host/database"
+        ) from None
+    except ModuleNotFoundError as error:
+        raise StateError(
+            f"state.url: the database driver {error.name} is not installed; type: pip install {error.name}"
+        ) from None
+    if engine.dialect.name == "sqlite":
+        if not parsed.database or parsed.database == ":memory:":
+            raise StateError("state.url: a database in memory forgets its keys; write sqlite:////path/to/forebay.db")
+        sa.event.listen(engine, "connect", _prepare_sqlite_connection)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite_connection(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+    # The driver's own transactions start too late (at the first write): we say BEGIN ourselves.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
+    cursor.execute("PRAGMA synchronous = NORMAL")
+    cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    # A transaction that reads and then writes would fail at once beside another writer, whatever busy_timeout says;
+    # one that takes the write lock first waits for it. Readers see one snapshot and wait for nobody.
+    reads = connection.get_execution_options().get(READ_ONLY, False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+@contextmanager
+def translated(engine: sa.Engine) -> Iterator[None]:
+    """Turn what SQLAlchemy, or sqlite3 beneath it, raises inside into a StateError."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        lines = str(cause).strip().splitlines() if isinstance(error, DBAPIError | sqlite3.Error) else []
+        reason = lines[0] if lines else type(cause).__name__
+        raise StateError(f"the state database {describe(engine.url)} failed: {reason}; {_advice(engine)}") from error
+
+
+def describe(url: sa.URL) -> str:
+    """The database as a person may see it: the file, or the URL without its password."""
+    return str(url.database) if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
+
+
+def _advice(engine: sa.Engine) -> str:
+    if engine.dialect.name == "sqlite":
+        return "check that its directory can be written and has room, or name another place with state.url"
+    return "check that it is running and that state.url is right"
+
+
+def upgrade(url: str) -> None:
+    """Create the database or bring it up to date; does nothing when it is. Safe when several replicas start at once.
+
+    One that a newer release has migrated already is left alone: a migration only adds what the release before it can
+    ignore (expand, then contract one release later), so that a rolling update may go back.
+    """
+    engine = open_database(url)
+    try:
+        with translated(engine):
+            if engine.dialect.name == "sqlite":
+                _make_sqlite_file(engine)
+            with engine.begin() as connection:
+                if engine.dialect.name == "postgresql":
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
+                _migrate(connection)
+    finally:
+        engine.dispose()
+
+
+def _make_sqlite_file(engine: sa.Engine) -> None:
+    """Directory and file, readable by their owner alone, in WAL mode (which the file remembers)."""
+    file = Path(str(engine.url.database))
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+    except OSError as error:
+        raise StateError(f"the state database {file} cannot be made: {error.strerror}; {_advice(engine)}") from None
+    connection = engine.raw_connection()
+    try:
+        connection.cursor().execute("PRAGMA journal_mode = WAL")
+    finally:
+        connection.close()
+
+
+def _migrate(connection: sa.Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if current_revision(connection) in known | {None}:
+        command.upgrade(config, "head")
+
+
+def current_revision(connection: sa.Connection) -> str | None:
+    """The migration this database stands at; None before the first."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    revision: str | None = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+    return revision
