@@ -124,6 +124,11 @@ def _network(value: object) -> IPv4Network | IPv6Network:
         raise ValueError(f"should be an address or a network such as 10.0.0.0/8 ({error})") from None
 
 
+def _yaml_off(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 def _utc(value: datetime) -> datetime:
     return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
@@ -436,7 +441,7 @@ class Stream(Section):
 class Media(Section):
     """Images, audio and files inside messages."""
 
-    remote: Literal["off", "engine"] = "off"
+    remote: Annotated[Literal["off", "engine"], BeforeValidator(_yaml_off)] = "off"
     """Remote URLs: `off` refuses them, `engine` lets the engine fetch from `hosts`."""
     hosts: tuple[str, ...] = ()
     """Host names, exactly as in the URL, that may be fetched from."""
@@ -705,11 +710,11 @@ def load(path: Path | None, overrides: Mapping[str, object] = {}) -> Settings:
 # --- saying what is wrong ----------------------------------------------------------------------------------------
 
 
-def _section_of(annotation: object) -> type[BaseModel] | None:
+def section_of(annotation: object) -> type[BaseModel] | None:
     """The section inside `Tls | None`, `tuple[Upstream, ...]` and the like."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    found = (_section_of(argument) for argument in get_args(annotation))
+    found = (section_of(argument) for argument in get_args(annotation))
     return next((section for section in found if section is not None), None)
 
 
@@ -717,7 +722,7 @@ def _all_paths(section: type[BaseModel] = Settings, prefix: str = "") -> Iterato
     """Every key of the tree, dotted, with [] for the items of a list."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        inner = _section_of(field.annotation)
+        inner = section_of(field.annotation)
         if inner is not None:
             is_list = str(field.annotation).startswith("tuple")
             yield from _all_paths(inner, f"{prefix}{name}{'[]' if is_list else ''}.")
@@ -733,7 +738,7 @@ def _dotted(location: Sequence[str | int]) -> str:
         else:
             path += f".{part}" if path else part
             field = section.model_fields.get(part) if section else None
-            section = _section_of(field.annotation) if field else None
+            section = section_of(field.annotation) if field else None
     return path
 
 
