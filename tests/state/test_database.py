@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import stat
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -97,26 +98,24 @@ def test_a_database_of_a_newer_release_is_used_as_it_is(url: str) -> None:
         assert len(store.load_all().records) == 1
 
 
-def _upgrade_when_told(url: str, go: multiprocessing.synchronize.Event, done: multiprocessing.Queue[str]) -> None:
-    go.wait()
+def _upgrade_together(url: str, ready: threading.Barrier, said: multiprocessing.Queue[str]) -> None:
+    ready.wait()
     try:
         upgrade(url)
-        done.put("")
+        said.put("")
     except Exception as error:
-        done.put(repr(error))
+        said.put(repr(error))
 
 
 def test_replicas_that_start_at_once_migrate_once(url: str) -> None:
     context = multiprocessing.get_context("spawn")
-    go, done = context.Event(), context.Queue()
-    starters = [context.Process(target=_upgrade_when_told, args=(url, go, done)) for _ in range(3)]
+    ready, said = context.Barrier(2), context.Queue()
+    starters = [context.Process(target=_upgrade_together, args=(url, ready, said)) for _ in range(2)]
     for starter in starters:
         starter.start()
-    go.set()
-    said = [done.get(timeout=30) for _ in starters]
+    assert [said.get(timeout=60) for _ in starters] == ["", ""]
     for starter in starters:
         starter.join()
-    assert said == [""] * 3
     with KeyStore(url) as store:
         assert store.version() == 1
 
