@@ -1,0 +1,100 @@
+"""Where to cut a byte string, so that a reader of streams is tried at every place where it could go wrong.
+
+A *plan* is a sorted tuple of cut positions; ``pieces(data, plan)`` applies it. Everything is deterministic: random
+plans take a seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterable, Iterator
+
+Plan = tuple[int, ...]
+
+# Below this many bytes every single cut is tried; above it only those where something can go wrong, and random ones.
+SHORT = 2048
+
+# What the relay looks for in an event; a cut inside any of them must change nothing. Both spellings: LMDeploy writes
+# a space.
+NEEDLES = (
+    b'"usage"',
+    b'"model"',
+    b"[DONE]",
+    b'"finish_reason"',
+    b'"usage":null',
+    b'"usage": null',
+    b"data: ",
+    b"event: ",
+    b"\r\n",
+)
+
+
+def pieces(data: bytes, plan: Iterable[int]) -> list[bytes]:
+    """Cut ``data`` at the plan's positions. No piece is empty as long as the positions lie inside and differ."""
+    cuts = [0, *plan, len(data)]
+    return [data[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+def byte_by_byte(data: bytes) -> Plan:
+    """Every byte on its own."""
+    return tuple(range(1, len(data)))
+
+
+def every_cut(data: bytes) -> Iterator[Plan]:
+    """Each position once: two pieces per plan."""
+    yield from ((position,) for position in range(1, len(data)))
+
+
+def around_events(data: bytes, *, reach: int = 3) -> set[int]:
+    """Positions up to ``reach`` bytes before and after the end of each event (its blank line)."""
+    ends = [match.end() for match in re.finditer(rb"\n\n", data)]
+    return _inside(data, (end + offset for end in ends for offset in range(-reach, reach + 1)))
+
+
+def inside_needles(data: bytes, needles: Iterable[bytes] = NEEDLES) -> set[int]:
+    """Positions inside, right before and right after each occurrence of each needle."""
+    found: set[int] = set()
+    for needle in needles:
+        for match in re.finditer(re.escape(needle), data):
+            found.update(range(match.start(), match.end() + 1))
+    return _inside(data, found)
+
+
+def inside_characters(data: bytes) -> set[int]:
+    """Positions inside UTF-8 characters of more than one byte."""
+    return _inside(data, (index for index, byte in enumerate(data) if byte & 0xC0 == 0x80))
+
+
+def delicate_cuts(data: bytes) -> list[int]:
+    """Every position where a cut can hurt: around events, inside needles, inside characters; sorted."""
+    return sorted(around_events(data) | inside_needles(data) | inside_characters(data))
+
+
+def random_plans(data: bytes, *, seed: int, count: int) -> Iterator[Plan]:
+    """``count`` plans with up to 40 cuts each, the same for the same seed."""
+    # Not for secrets: a seeded generator is the point.
+    chance = random.Random(seed)
+    for _ in range(count if len(data) > 1 else 0):
+        cuts = chance.randint(1, min(40, len(data) - 1))
+        yield tuple(sorted(chance.sample(range(1, len(data)), cuts)))
+
+
+def plans(data: bytes, *, seed: int = 0, count: int = 20, short: int = SHORT) -> Iterator[Plan]:
+    """Yield every plan a recording is replayed with: whole, byte by byte, single cuts, then ``count`` random ones.
+
+    Single cuts are all of them up to ``short`` bytes, the delicate ones beyond that.
+    """
+    yield ()
+    if len(data) > 1:
+        yield byte_by_byte(data)
+    if len(data) <= short:
+        yield from every_cut(data)
+    else:
+        yield from ((position,) for position in delicate_cuts(data))
+    yield from random_plans(data, seed=seed, count=count)
+
+
+def _inside(data: bytes, positions: Iterable[int]) -> set[int]:
+    return {position for position in positions if 0 < position < len(data)}
