@@ -1,0 +1,77 @@
+"""Fixtures every room uses, and the rule that a test leaves no task and no socket behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support.client import RawClient
+from tests.support.clock import ManualClock
+from tests.support.holdings import Holdings
+from tests.support.journal import Journal
+from tests.support.tls import server_context
+from tests.support.upstream import ScriptedUpstream
+
+
+@pytest.fixture(autouse=True)
+def leak_check(request: pytest.FixtureRequest) -> None:
+    """Put the leak check around every asynchronous test: after fixtures of wider scope, before all others."""
+    if asyncio.iscoroutinefunction(request.function):
+        request.getfixturevalue("leaves_nothing_behind")
+
+
+@pytest.fixture
+async def leaves_nothing_behind() -> AsyncIterator[None]:
+    """Fail the test when a task runs on or a socket stays open after it and its fixtures are through."""
+    before = Holdings.now()
+    yield
+    await before.assert_nothing_added()
+
+
+@pytest.fixture
+def journal() -> Journal:
+    """The journal that the test's upstreams and clients share."""
+    return Journal()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """A clock that stands still until the test moves it."""
+    return ManualClock()
+
+
+@pytest.fixture
+async def upstream(journal: Journal) -> AsyncIterator[ScriptedUpstream]:
+    """A scripted engine that listens on TCP."""
+    async with ScriptedUpstream(journal=journal) as scripted:
+        yield scripted
+
+
+@pytest.fixture(params=["tcp", "unix", "tls"])
+async def any_upstream(
+    request: pytest.FixtureRequest, journal: Journal, tmp_path: Path
+) -> AsyncIterator[ScriptedUpstream]:
+    """A scripted engine on each kind of address in turn, for what must hold on all of them."""
+    path = tmp_path / "engine.sock" if request.param == "unix" else None
+    tls = server_context() if request.param == "tls" else None
+    async with ScriptedUpstream(unix_path=path, tls=tls, journal=journal) as scripted:
+        yield scripted
+
+
+Connect = Callable[..., Awaitable[RawClient]]
+
+
+@pytest.fixture
+async def connect(journal: Journal) -> AsyncIterator[Connect]:
+    """Open raw clients on the test's journal, closed at its end: ``await connect(url, name="second")``."""
+    async with AsyncExitStack() as clients:
+
+        async def open_client(address: str, **options: object) -> RawClient:
+            client = await RawClient.connect(address, journal=journal, **options)  # type: ignore[arg-type]
+            return await clients.enter_async_context(client)
+
+        yield open_client
