@@ -46,6 +46,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from engines.registry import ENGINES
+
 KIB = 1024
 MIB = 1024 * KIB
 ENV_PREFIX = "FOREBAY_"
@@ -195,6 +197,14 @@ def _secret(owner: str, given: SecretStr | None, file: Path | None, variable: st
     return value
 
 
+def _engine_kind(value: str) -> str:
+    if value not in ENGINES:
+        near = difflib.get_close_matches(value, ENGINES, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"write {' or '.join(ENGINES)}"
+        raise ValueError(f"is no engine; {advice}")
+    return value
+
+
 Duration = Annotated[float, BeforeValidator(parse_duration), _duration_schema(minimum=0)]
 PositiveDuration = Annotated[
     float, BeforeValidator(parse_duration), AfterValidator(_above_zero), _duration_schema(exclusiveMinimum=0)
@@ -207,6 +217,7 @@ Size = Annotated[
 Count = Annotated[int, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, AfterValidator(check_name)]
+EngineKind = Annotated[str, AfterValidator(_engine_kind)]
 UpstreamUrl = Annotated[str, AfterValidator(_upstream_url)]
 ModelPattern = Annotated[str, AfterValidator(_model_pattern)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -333,7 +344,7 @@ class Upstream(Section):
 
     url: UpstreamUrl
     """http://host:port, https://host:port or unix:/path/to/socket."""
-    engine: str = "vllm"
+    engine: EngineKind = "vllm"
     """What kind of engine answers there."""
     name: Name | None = None
     """Its name in logs and metrics; the URL when left out."""
@@ -371,7 +382,7 @@ class LocalEngine(Section):
 
     name: Name
     """Its name in logs and metrics."""
-    kind: str = "vllm"
+    kind: EngineKind = "vllm"
     """Which engine to run."""
     device: Literal["cpu", "cuda", "ascend"] = "cpu"
     """What it computes on."""
@@ -677,6 +688,18 @@ def _environment_tree() -> dict[str, Any]:
         if variable.startswith(ENV_PREFIX) and delimiter and rest and first not in Settings.model_fields:
             tree[first] = value
     return tree
+
+
+def to_environment(overrides: Mapping[str, object], prefix: str = ENV_PREFIX) -> dict[str, str]:
+    """Variables that say to another process what `overrides` says to `load`; plain values, mappings and lists."""
+    variables: dict[str, str] = {}
+    for key, value in overrides.items():
+        name = prefix + key.upper()
+        if isinstance(value, Mapping):
+            variables |= to_environment(value, f"{name}__")
+        else:
+            variables[name] = value if isinstance(value, str) else json.dumps(value)
+    return variables
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from gateway.settings import (
     parse_duration,
     parse_size,
     section_of,
+    to_environment,
 )
 
 EXAMPLE = Path(__file__).parents[1] / "forebay.example.yaml"
@@ -143,6 +144,19 @@ def test_every_kind_of_value_comes_out_of_the_environment(monkeypatch: pytest.Mo
     assert [upstream.url for upstream in settings.upstreams] == ["http://engine:8000"]
     assert settings.trusted_proxies == (ip_network("10.0.0.0/8"),)
     assert settings.data_dir == Path.home() / "forebay"
+
+
+def test_overrides_reach_another_process_through_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides: dict[str, object] = {
+        "auth": "none",
+        "listen": {"host": "0.0.0.0", "port": 9000},
+        "shutdown": {"announce": 0},
+        "upstreams": [{"url": "http://a", "api_key": SECRET, "models": {"public": "own"}}],
+    }
+    expected = load(None, overrides)
+    for name, value in to_environment(overrides).items():
+        monkeypatch.setenv(name, value)
+    assert load(None) == expected
 
 
 def test_building_settings_directly_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +342,11 @@ def test_a_key_with_two_letters_swapped_is_recognised(data: st.DataObject) -> No
         ({"stream": {"heartbeat_after": -1}}, "stream.heartbeat_after: should be a duration"),
         ({"trusted_proxies": ["10.0.0.1/8"]}, "trusted_proxies[0]: should be an address or a network"),
         ({"trusted_proxies": [10]}, "trusted_proxies[0]: should be an address or a network"),
+        (
+            {"upstreams": [{"url": "http://a", "engine": "vlm"}]},
+            "upstreams[0].engine: is no engine; did you mean vllm?",
+        ),
+        ({"engines": [{"name": "a", "kind": "zzz"}]}, "engines[0].kind: is no engine; write vllm"),
         ({"listen": {"port": 70000}}, "listen.port: should be less than or equal to 65535"),
         ({"keys": [{"name": "a", "sha256": "abc"}]}, "keys[0].sha256: should be 64 hexadecimal digits; type: printf"),
         ({"keys": [{"name": "a", "key": "k", "models": ["a*b"]}]}, "keys[0].models[0]: should be a model name, or"),
