@@ -17,6 +17,14 @@ from tests.support.tls import server_context
 from tests.support.upstream import ScriptedUpstream
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the client suites run against a server that is already there, an engine or a gateway."""
+    group = parser.getgroup("forebay")
+    group.addoption("--server-url", help="base URL without /v1, e.g. http://127.0.0.1:8000, for tests/clients")
+    group.addoption("--server-model", default="smollm2-135m-instruct", help="model name at --server-url (%(default)s)")
+    group.addoption("--server-key", default="", help="API key for --server-url; empty when it takes any")
+
+
 @pytest.fixture(autouse=True)
 def leak_check(request: pytest.FixtureRequest) -> None:
     """Put the leak check around every asynchronous test: after fixtures of wider scope, before all others."""
