@@ -1,0 +1,352 @@
+"""The `forebay` command: reads what was typed, calls the room that does it, prints what came out.
+
+Answers go to standard output, so that they can be piped; explanations and mistakes go to standard error. Exit code 0:
+done, 1: it could not be done (one line says why and what to do), 2: the command line itself is wrong.
+Rooms are imported inside the commands: `forebay --help` should not wait for a database library.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from gateway.settings import Caps, ConfigError, Settings, json_schema, load, parse_duration
+
+if TYPE_CHECKING:
+    from gateway.state.keys import KeyStore
+
+DEFAULT_FILE = Path("forebay.yaml")
+
+
+class CommandError(Exception):
+    """What was asked cannot be done; the text says why and what to do."""
+
+
+class ExplainingGroup(TyperGroup):
+    """A group of commands that shows expected failures as lines on standard error and exits with 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; anything unexpected keeps its traceback."""
+        from gateway.state.database import StateError
+
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            for problem in error.problems:
+                typer.echo(f"forebay: {problem}", err=True)
+        except (StateError, CommandError) as error:
+            typer.echo(f"forebay: {error}", err=True)
+        raise typer.Exit(1)
+
+
+def _group(help_text: str) -> typer.Typer:
+    return typer.Typer(
+        cls=ExplainingGroup,
+        help=help_text,
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+    )
+
+
+app = _group("An OpenAI-compatible gateway in front of inference engines.\n\nStart with `forebay serve`.")
+config_app = _group("Check and describe `forebay.yaml`.")
+keys_app = _group("Make, list and revoke API keys. A running gateway sees a change within a second.")
+engines_app = _group("Install and run inference engines on this machine.")
+app.add_typer(config_app, name="config")
+app.add_typer(keys_app, name="keys")
+app.add_typer(engines_app, name="engines")
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="Configuration file; forebay.yaml of this directory when there is one."),
+]
+
+
+def main() -> None:
+    """Run the command; the entry point of the distribution."""
+    app(prog_name="forebay")
+
+
+def _configuration_file(given: Path | None) -> Path | None:
+    return given or (DEFAULT_FILE if DEFAULT_FILE.exists() else None)
+
+
+# --- config ------------------------------------------------------------------------------------------------------
+
+
+@config_app.command("check")
+def config_check(
+    file: Annotated[Path, typer.Argument(help="The file to check.")] = DEFAULT_FILE,
+) -> None:
+    """Read a configuration as `serve` would and tell every mistake in it.
+
+    Example: `forebay config check /etc/forebay/forebay.yaml`
+    """
+    from gateway.state.database import open_database
+
+    settings = load(file)
+    open_database(settings.state_url).dispose()
+    for warning in warnings_about(settings):
+        typer.echo(f"forebay: {warning}", err=True)
+    typer.echo(f"{file}: fine")
+
+
+def warnings_about(settings: Settings) -> list[str]:
+    """What is allowed but should be said loudly."""
+    if settings.auth == "none" and not settings.listen.is_loopback:
+        return [
+            f"WARNING: auth is none and {settings.listen.host} is not loopback: everybody who reaches port"
+            f" {settings.listen.port} may use your engines. Write `auth: keys` unless that is what you want."
+        ]
+    return []
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of the configuration, for editors.
+
+    Example: `forebay config schema > forebay.schema.json`, and as first line of your file
+    `# yaml-language-server: $schema=forebay.schema.json`
+    """
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+# --- keys --------------------------------------------------------------------------------------------------------
+
+NameOption = Annotated[str, typer.Option("--name", help="Who uses the key; shown in logs and metrics.")]
+TenantOption = Annotated[str | None, typer.Option("--tenant", help="Who is charged for it; the name when left out.")]
+ModelsOption = Annotated[
+    list[str] | None, typer.Option("--model", help="A model it may use, exact or ending in *; repeat. All by default.")
+]
+ExpiresOption = Annotated[
+    str | None, typer.Option("--expires", help="A time such as 2030-01-31 (UTC), or in: 30d, 12h.")
+]
+MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Most output tokens of one answer.")]
+ContextOption = Annotated[int | None, typer.Option("--context", min=1, help="Most tokens of prompt and output.")]
+ManyOption = Annotated[int | None, typer.Option("--n", min=1, help="Most answers to one request.")]
+
+
+def _open_keys(config: Path | None) -> tuple[Settings, KeyStore]:
+    """The store of the configured database, brought up to date."""
+    from gateway.state.database import upgrade
+    from gateway.state.keys import KeyStore
+
+    settings = load(_configuration_file(config))
+    upgrade(settings.state_url)
+    return settings, KeyStore(settings.state_url)
+
+
+def _moment(text: str | None) -> datetime | None:
+    """`--expires` as a time in UTC; None stays None. CommandError when it is neither a time nor a duration."""
+    if text is None:
+        return None
+    try:
+        return datetime.now(UTC) + timedelta(seconds=parse_duration(text))
+    except ValueError:
+        pass
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise CommandError(
+            f"--expires {text}: should be a time such as 2030-01-31 or 2030-01-31T12:00, or a duration such as 30d"
+        ) from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _refuse_declared(settings: Settings, name: str) -> None:
+    if any(key.name == name for key in settings.keys):
+        raise CommandError(
+            f"{name!r} is declared in the configuration, which wins; take another --name or change the file"
+        )
+
+
+@keys_app.command("create")
+def keys_create(
+    name: NameOption,
+    tenant: TenantOption = None,
+    model: ModelsOption = None,
+    expires: ExpiresOption = None,
+    max_tokens: MaxTokensOption = None,
+    context: ContextOption = None,
+    n: ManyOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Make a key and print it. It is shown this once: only its hash is kept.
+
+    Examples:
+
+    - `forebay keys create --name alice`
+    - `forebay keys create --name batch --tenant research --model 'qwen3-*' --max-tokens 4096 --expires 30d`
+    - `export OPENAI_API_KEY=$(forebay keys create --name me)`
+    """
+    settings, store = _open_keys(config)
+    with store:
+        _refuse_declared(settings, name)
+        caps = Caps(max_tokens=max_tokens, context=context, n=n)
+        created = store.create(name, tenant, model, caps, _moment(expires))
+    typer.echo(created.key)
+    typer.echo(
+        f"Keep it: it cannot be shown again. Revoke it: forebay keys revoke {created.record.public_id}", err=True
+    )
+
+
+@keys_app.command("import")
+def keys_import(
+    name: NameOption,
+    sha256: Annotated[str | None, typer.Option("--sha256", help="SHA-256 of the key, in hexadecimal.")] = None,
+    key_file: Annotated[
+        typer.FileText | None, typer.Option("--key-file", help="File that holds the key; - is standard input.")
+    ] = None,
+    tenant: TenantOption = None,
+    model: ModelsOption = None,
+    expires: ExpiresOption = None,
+    max_tokens: MaxTokensOption = None,
+    context: ContextOption = None,
+    n: ManyOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Let a key that was made elsewhere keep working. It is never taken from the command line, where others see it.
+
+    Examples:
+
+    - `forebay keys import --name bob --key-file bob.key`
+    - `forebay keys import --name bob --sha256 2bb80d53…` (what `printf %s 'the-key' | sha256sum` prints)
+    """
+    if (sha256 is None) == (key_file is None):
+        raise CommandError("give the key by exactly one of --sha256 and --key-file")
+    settings, store = _open_keys(config)
+    with store:
+        _refuse_declared(settings, name)
+        record = store.import_key(
+            name,
+            sha256=sha256,
+            key=key_file.read().strip() if key_file else None,
+            tenant=tenant,
+            models=model,
+            caps=Caps(max_tokens=max_tokens, context=context, n=n),
+            expires=_moment(expires),
+        )
+    typer.echo(record.public_id)
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    public_id: Annotated[str, typer.Argument(help="Public id as `keys list` shows it, the middle part of fb-…-….")],
+    config: ConfigOption = None,
+) -> None:
+    """Make a key stop working on every replica within a second.
+
+    Example: `forebay keys revoke 0f3a9c51b2de`
+    """
+    _, store = _open_keys(config)
+    with store:
+        record = store.revoke(public_id)
+    typer.echo(f"revoked {record.public_id} ({record.name})")
+
+
+@keys_app.command("list")
+def keys_list(
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
+) -> None:
+    """List the keys of the file and of the database, revoked ones too. The keys themselves are never shown."""
+    settings, store = _open_keys(config)
+    with store:
+        rows = [*_declared_rows(settings), *_stored_rows(store)]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("id", "name", "tenant", "models", "state", "expires", "from"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        models = "all" if row["models"] is None else ", ".join(row["models"]) or "none"
+        table.add_row(
+            row["id"] or "-", row["name"], row["tenant"], models, row["state"], row["expires"] or "never", row["source"]
+        )
+    Console().print(table)
+
+
+def _declared_rows(settings: Settings) -> list[dict[str, Any]]:
+    return [
+        _row(None, key.name, key.tenant or key.name, key.models, None, key.expires, "file") for key in settings.keys
+    ]
+
+
+def _stored_rows(store: KeyStore) -> list[dict[str, Any]]:
+    return [
+        _row(
+            key.record.public_id,
+            key.record.name,
+            key.record.tenant,
+            key.record.models,
+            key.revoked_at,
+            key.record.expires_at,
+            "database",
+        )
+        for key in store.list()
+    ]
+
+
+def _row(
+    public_id: str | None,
+    name: str,
+    tenant: str,
+    models: tuple[str, ...] | None,
+    revoked_at: datetime | None,
+    expires_at: datetime | None,
+    source: str,
+) -> dict[str, Any]:
+    expired = expires_at is not None and expires_at <= datetime.now(UTC)
+    return {
+        "id": public_id,
+        "name": name,
+        "tenant": tenant,
+        "models": models,
+        "state": "revoked" if revoked_at else "expired" if expired else "live",
+        "expires": expires_at.isoformat(timespec="minutes") if expires_at else None,
+        "source": source,
+    }
+
+
+# --- the rest ----------------------------------------------------------------------------------------------------
+
+
+class Device(StrEnum):
+    """What an engine computes on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    ASCEND = "ascend"
+
+
+class Auth(StrEnum):
+    """Who is let in."""
+
+    KEYS = "keys"
+    NONE = "none"
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of the gateway and of Python."""
+    try:
+        release = metadata.version("forebay")
+    except metadata.PackageNotFoundError:
+        release = "(run from its source)"
+    typer.echo(f"forebay {release}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+
+
+if __name__ == "__main__":
+    main()
