@@ -17,6 +17,9 @@ Start = Callable[[], AbstractAsyncContextManager[Server]]
 
 ENGINE_KEY = "sk-engine"
 
+# Some recorded answers just fitted the recorded limit; tests give a real engine more room.
+MAY_DIFFER = frozenset({"max_tokens"})
+
 # One recording for each request the client tests send; see Server.request.
 PLAYED = (
     "chat_basic",
@@ -47,7 +50,7 @@ PLAYED = (
 @asynccontextmanager
 async def recorded_engine() -> AsyncIterator[Server]:
     """vLLM's recorded answers without a gateway: what the clients make of the engine itself."""
-    answer = answer_as_recorded(load("vllm", name) for name in PLAYED)
+    answer = answer_as_recorded([load("vllm", name) for name in PLAYED], ignoring=MAY_DIFFER)
 
     def guarded(request: SeenRequest) -> Script:
         if request.header("authorization") != f"Bearer {ENGINE_KEY}":

@@ -20,11 +20,15 @@ class Server:
     model: str
     speaks_for_itself: bool
 
-    def request(self, recording: str) -> dict[str, Any]:
-        """Return the body that vLLM was recorded with, for this server's model.
+    def request(self, recording: str, *, max_tokens: int | None = None) -> dict[str, Any]:
+        """Return the body that vLLM was recorded with, for this server's model, with another token limit if given.
 
-        The tests send exactly what was recorded, so that recordings, the gateway over recordings and a real engine all
-        answer the same requests. The unknown model of a recording stays unknown.
+        The tests send what was recorded, so that recordings, the gateway over recordings and a real engine all answer
+        the same requests. The unknown model of a recording stays unknown.
         """
         body: dict[str, Any] = load("vllm", recording).request_json()
-        return body if body["model"] == "ghost" else {**body, "model": self.model}
+        if body["model"] != "ghost":
+            body["model"] = self.model
+        if max_tokens is not None:
+            body["max_tokens"] = max_tokens
+        return body

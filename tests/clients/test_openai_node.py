@@ -13,9 +13,10 @@ from tests.support import node
 pytestmark = pytest.mark.usefixtures("node_client")
 
 
-def chat(server: Server, recording: str, **more: Any) -> dict[str, Any]:
+def chat(server: Server, recording: str, *, max_tokens: int | None = None, **more: Any) -> dict[str, Any]:
     """Return a call of chat.completions.create named like the recording whose request it sends."""
-    return {"name": recording, "resource": "chat", "body": server.request(recording), **more}
+    body = server.request(recording, max_tokens=max_tokens)
+    return {"name": recording, "resource": "chat", "body": body, **more}
 
 
 def text_of(chunks: list[dict[str, Any]]) -> str:
@@ -27,7 +28,11 @@ async def test_chat_tools_and_schema(server: Server) -> None:
     results = await node.run(
         server.base_url,
         server.api_key,
-        [chat(server, name) for name in ("chat_basic", "chat_tool_required_strict", "chat_json_schema")],
+        [
+            chat(server, "chat_basic"),
+            chat(server, "chat_tool_required_strict", max_tokens=128),
+            chat(server, "chat_json_schema"),
+        ],
     )
     answer = results["chat_basic"]["value"]
     assert answer["model"] == server.model

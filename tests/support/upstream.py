@@ -12,7 +12,7 @@ import json
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -414,22 +414,28 @@ def _body_reader(request: SeenRequest) -> BodyReader:
     return BodyReader("length", int(request.header("content-length") or 0))
 
 
-def answer_as_recorded(recordings: Iterable[Recording]) -> Callable[[SeenRequest], Script]:
-    """Return a responder that plays the recording of the very same request (method, path and JSON body).
+def answer_as_recorded(
+    recordings: Iterable[Recording], *, ignoring: Collection[str] = ()
+) -> Callable[[SeenRequest], Script]:
+    """Return a responder that plays the recording of the same request: method, path and JSON body.
 
-    Where the same request was recorded twice, the first one given wins. A request nobody recorded gets a 500 that says
-    so: nothing is made up.
+    ``ignoring`` names fields of the body that may differ. Where several recordings fit, the first one given wins. A
+    request nobody recorded gets a 500 that says so: nothing is made up.
     """
-    known: list[tuple[tuple[str, str, Any], Recording]] = []
-    for recording in recordings:
+
+    def essence(method: str, path: str, body: bytes) -> tuple[str, str, Any]:
         try:
-            body = recording.request_json() if recording.request_body else None
+            value = json.loads(body) if body else None
         except json.JSONDecodeError:
-            continue
-        known.append(((recording.method, recording.path, body), recording))
+            value = body
+        if isinstance(value, dict):
+            value = {key: inner for key, inner in value.items() if key not in ignoring}
+        return method, path, value
+
+    known = [(essence(one.method, one.path, one.request_body), one) for one in recordings]
 
     def respond(request: SeenRequest) -> Script:
-        wanted = (request.method, request.target, request.json() if request.body else None)
+        wanted = essence(request.method, request.target, request.body)
         for key, recording in known:
             if key == wanted:
                 return play(recording)
