@@ -84,7 +84,3 @@ class Engine(Protocol):
     def read_stream_error(self, payload: bytes) -> EngineError | None:
         """Read one event's JSON; None when it is not an error."""
         ...
-
-    def model_needles(self, model: str) -> tuple[bytes, ...]:
-        """Return the spellings of ``"model": NAME`` in this engine's answers."""
-        ...

@@ -5,11 +5,16 @@ Shown on vLLM 0.32.0.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
 from engines import wire
+from engines.devices import Device, cpu_environment, usable_processors
+from engines.launch import LaunchSpec
+from engines.minder import Phase
 from engines.protocol import Dispatch, EngineError, Fields
 
 _encode = msgspec.json.encode
@@ -80,9 +85,60 @@ class Vllm:
         fields = wire.error_fields(value)
         return wire.read_error(wire.status_in(fields), payload)
 
-    def model_needles(self, model: str) -> tuple[bytes, ...]:
-        """Return the spellings of the model's name in answers: vLLM writes JSON without spaces."""
-        return (b'"model":' + _encode(model),)
+    loading_phases = (
+        Phase(re.compile(r"non-default args"), "reading the model's configuration"),
+        Phase(re.compile(r"Initializing a V1 LLM engine"), "starting the engine process"),
+        Phase(re.compile(r"\.safetensors:\s+\d+%"), "downloading weights"),
+        Phase(re.compile(r"Loading safetensors .*\| (?P<done>\d+)/(?P<total>\d+) "), "loading weights"),
+        Phase(re.compile(r"Starting to load model"), "loading weights"),
+        Phase(re.compile(r"KV cache size"), "warming up"),
+        Phase(re.compile(r"Capturing CUDA graphs.*\| (?P<done>\d+)/(?P<total>\d+) "), "capturing CUDA graphs"),
+        Phase(re.compile(r"Starting vLLM server"), "opening its port"),
+    )
+
+    def command_line(self, spec: LaunchSpec, python: Path) -> list[str]:
+        """Return the command for ``vllm serve``; what the person added comes last, so that it wins."""
+        address = spec.address
+        where = ("--uds", str(address.unix)) if address.unix else ("--host", address.host, "--port", str(address.port))
+        command = [str(python), str(python.with_name("vllm")), "serve", spec.model, *where]
+        command += ["--served-model-name", spec.served_name]
+        # An empty list would allow every host; ".invalid" is no host's name (RFC 2606).
+        command += ["--allowed-media-domains", *(spec.allowed_media_domains or ("none.invalid",))]
+        command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+        command += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+        if spec.device is Device.CPU:
+            command += ["--enforce-eager", "--max-num-seqs", "32"]
+        if dtype := spec.dtype or _CPU_DTYPE.get(spec.device):
+            command += ["--dtype", dtype]
+        if length := spec.max_model_len or _CPU_MAX_MODEL_LEN.get(spec.device):
+            command += ["--max-model-len", str(length)]
+        return [*command, *spec.extra_args]
+
+    def environment(self, spec: LaunchSpec) -> dict[str, str]:
+        """Return vLLM's own variables; the key is one of them since a command line can be read by every user."""
+        variables = {
+            "DO_NOT_TRACK": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        }
+        if spec.api_key is not None:
+            variables["VLLM_API_KEY"] = spec.api_key
+        if spec.model_is_local:
+            variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        if spec.device.visible_variable and spec.visible_devices:
+            variables[spec.device.visible_variable] = ",".join(spec.visible_devices)
+        if spec.device is Device.CPU:
+            variables |= cpu_environment(usable_processors())
+            variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
+            # --enforce-eager does not reach a few compiled helpers: the first request for logprobs then holds the whole
+            # engine for 16 s, and without a C++ compiler on the machine it kills it.
+            variables["TORCHDYNAMO_DISABLE"] = "1"
+        return {**variables, **spec.extra_environment}
+
+
+_CPU_DTYPE = {Device.CPU: "bfloat16"}
+# One GiB of KV cache holds 22 requests of this length for SmolLM2-135M; the model's own limit may not fit once.
+_CPU_MAX_MODEL_LEN = {Device.CPU: 2048}
 
 
 def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:

@@ -1,0 +1,305 @@
+"""The edge: who is let in, with what body, and the way from there to a relay.
+
+Both faces call the same four things: ``open`` when the headers are read, ``run`` when the body is, ``refuse`` when
+something is wrong in between, ``client_gone`` when the client leaves. The steps in between are one generator: a step
+that need not wait costs no task, one that must yields ``Pending``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from gateway.api.auth import Authenticator, Networks, client_address, may_use
+from gateway.api.context import fit_context
+from gateway.api.media import MediaRules
+from gateway.api.peek import Asked, read_body
+from gateway.api.request import Pending, Request, Steps
+from gateway.errors import Kind, Refusal
+from gateway.log import Log
+from gateway.metrics import Metrics
+from gateway.serving.deadlines import Deadlines
+from gateway.serving.dialect import Route
+from gateway.serving.pool import Pool
+from gateway.serving.relay import OUTCOMES, Client, Header, Order, Relay, RelayLimits
+from gateway.serving.ticket import Outcome, Ticket
+
+MAX_CLIENT_ID = 512
+"""Characters of ``x-client-request-id``, as OpenAI has it."""
+
+_JSON: Header = (b"content-type", b"application/json")
+_TEXTUAL = frozenset({b"", b"identity"})
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeRules:
+    """What may be configured of the edge; swapped as a whole on a reload. Sizes in bytes."""
+
+    body: int = 10 * 1024 * 1024
+    offload_above: int = 256 * 1024
+    parse_budget: int = 256 * 1024 * 1024
+    trusted_proxies: Networks = ()
+    media: MediaRules = field(default_factory=MediaRules)
+    relay: RelayLimits = field(default_factory=RelayLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request refused on its headers alone."""
+
+    route: Route
+    ticket: Ticket
+    refusal: Refusal
+
+
+class Edge:
+    """Lets requests in and sends them on their way."""
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        pool: Pool,
+        deadlines: Deadlines,
+        metrics: Metrics,
+        log: Log,
+        executor: Executor,
+        rules: EdgeRules,
+    ) -> None:
+        self.authenticator = authenticator
+        self.pool = pool
+        self.deadlines = deadlines
+        self.metrics = metrics
+        self.log = log
+        self.rules = rules
+        self.closing = False
+        """Whether the gateway is about to stop: answers carry ``connection: close``."""
+        self.active: set[Request] = set()
+        self._executor = executor
+        self._held = 0
+        self._auth_time = metrics.overhead["auth"]
+        self._policy_time = metrics.overhead["policy"]
+        self._random_bits: Callable[[int], int] = random.SystemRandom().getrandbits
+        self._random = random.Random(self._random_bits(128))  # noqa: S311 - ids must not clash, not be unguessable
+
+    # --- headers --------------------------------------------------------------------------------------------------
+
+    def new_id(self) -> str:
+        """Return a request id."""
+        return f"req_{self._random.getrandbits(128):032x}"
+
+    def new_ticket(self, path: str) -> Ticket:
+        """Open a request's account."""
+        return Ticket(self.metrics, self._settled, self.new_id(), path, self.deadlines.clock())
+
+    def _settled(self, ticket: Ticket, outcome: Outcome, status: int, now: float) -> None:
+        line = ticket.line(outcome, status, now, self.log.now())
+        self.log.write(line, line.level)
+
+    def open(self, route: Route, pairs: Sequence[Header], peer: str) -> Request | Refused:
+        """Read a request's headers (names in lower case): a request to run, or the refusal before any body is read."""
+        began = perf_counter()
+        headers = dict(pairs)
+        ticket = self.new_ticket(route.path)
+        ticket.client = peer
+        if self.rules.trusted_proxies:
+            forwarded = [value for name, value in pairs if name == b"x-forwarded-for"]
+            ticket.client = client_address(peer, forwarded, self.rules.trusted_proxies)
+        retry = headers.get(b"x-stainless-retry-count")
+        if retry is not None and retry.isdigit() and retry != b"0":
+            ticket.sdk_retry = int(retry[:4])
+            self.metrics.client_retries += 1
+        who = self.authenticator.identify(headers)
+        if isinstance(who, Refusal):
+            return Refused(route, ticket, who)
+        ticket.key = who.name
+        ticket.tenant = who.tenant
+        refusal = _check_headers(headers, ticket)
+        limit = self.rules.body if who.caps.body is None else min(self.rules.body, who.caps.body)
+        raw_length = headers.get(b"content-length")
+        length = int(raw_length) if raw_length is not None and raw_length.isdigit() else None
+        if refusal is None and length is not None:
+            refusal = self._too_large(length, limit) or self._hold(length)
+        if refusal is not None:
+            return Refused(route, ticket, refusal)
+        request = Request(route, ticket, who, limit, length)
+        if length is not None and length > self.rules.offload_above:
+            request.reserved = length
+            self._held += length
+        self.active.add(request)
+        self._auth_time.observe(perf_counter() - began)
+        return request
+
+    @staticmethod
+    def _too_large(size: int, limit: int) -> Refusal | None:
+        if size <= limit:
+            return None
+        return Refusal(Kind.TOO_LARGE, f"The body is larger than the {limit} bytes allowed. Send less at once.")
+
+    def _hold(self, size: int) -> Refusal | None:
+        """Refuse a large body when all large bodies together would take more memory than allowed."""
+        if size <= self.rules.offload_above or self._held + size <= self.rules.parse_budget:
+            return None
+        return Refusal(Kind.BUSY, "Too many large bodies are being read at once. Try again shortly.", retry_after=1.0)
+
+    def grow(self, request: Request, size: int) -> Refusal | None:
+        """Take note that a body has grown to ``size`` bytes: the refusal when it may not."""
+        refusal = self._too_large(size, request.body_limit)
+        if refusal is None and size > self.rules.offload_above and size > request.reserved:
+            refusal = self._hold(size - request.reserved)
+            if refusal is None:
+                self._held += size - request.reserved
+                request.reserved = size
+        return refusal
+
+    # --- body -----------------------------------------------------------------------------------------------------
+
+    def run(self, request: Request, body: bytes, client: Client) -> None:
+        """Send a request whose body is whole on its way."""
+        request.ticket.bytes_in = len(body)
+        request.steps = self._steps(request, body, client)
+        self._advance(request, None, client)
+
+    def _steps(self, request: Request, body: bytes, client: Client) -> Steps:
+        """The way of a request, as it reads in ARCHITECTURE.md."""
+        began = perf_counter()
+        rules, ticket, who = self.rules, request.ticket, request.who
+        if len(body) > rules.offload_above:
+            reading = asyncio.get_running_loop().run_in_executor(
+                self._executor, read_body, body, request.route, who.caps, rules.media
+            )
+            asked = yield Pending(reading)
+        else:
+            asked = read_body(body, request.route, who.caps, rules.media)
+        if isinstance(asked, Refusal):
+            self.refuse(request, asked, client)
+            return
+        refusal = self._resolve(asked, request)
+        if refusal is None and who.caps.context is not None:
+            refusal = yield from fit_context(asked, request.route, who.caps.context, self.pool, len(body))
+        if refusal is not None:
+            self.refuse(request, refusal, client)
+            return
+        order = Order(
+            route=request.route,
+            model=asked.model,
+            fields=asked.fields,
+            stream=asked.stream,
+            ask_usage=asked.stream and request.route.asks_usage,
+            hide_usage=not asked.wants_usage,
+            cache_salt=who.trust_domain,
+        )
+        ticket.serve(asked.model, asked.stream)
+        relay = Relay(order, ticket, client, self.pool, self.deadlines, rules.relay, self.metrics, self._done(request))
+        request.relay = relay
+        self._policy_time.observe(perf_counter() - began)
+        relay.start(self.deadlines.clock())
+
+    def _resolve(self, asked: Asked, request: Request) -> Refusal | None:
+        if self.pool.catalogue.resolve(asked.model) is None:
+            told = f"The model {asked.model!r} does not exist. GET /v1/models lists what there is."
+            return Refusal(Kind.NO_MODEL, told, "model")
+        if not may_use(request.who, asked.model):
+            return Refusal(Kind.NO_RIGHT, f"This key may not use the model {asked.model!r}.", "model")
+        return None
+
+    def _done(self, request: Request) -> Callable[[Relay], None]:
+        return lambda relay: self._release(request)
+
+    def _release(self, request: Request) -> None:
+        self.active.discard(request)
+        self._held -= request.reserved
+        request.reserved = 0
+
+    # --- waiting --------------------------------------------------------------------------------------------------
+
+    def _advance(self, request: Request, value: object, client: Client) -> None:
+        """Drive the steps until they end or must wait."""
+        steps = request.steps
+        assert steps is not None
+        try:
+            pending = steps.send(value)
+        except StopIteration:
+            request.steps = None
+        except Exception as error:
+            request.steps = None
+            self._internal(request, error, client)
+        else:
+            request.task = asyncio.get_running_loop().create_task(self._wait(request, pending, client))
+
+    async def _wait(self, request: Request, pending: Pending, client: Client) -> None:
+        try:
+            value = await pending.awaitable
+        except Exception as error:
+            request.task = None
+            request.steps = None
+            self._internal(request, error, client)
+            return
+        request.task = None
+        self._advance(request, value, client)
+
+    def _internal(self, request: Request, error: Exception, client: Client) -> None:
+        self.log.failed("internal_error", error, request_id=request.ticket.request_id)
+        told = f"The gateway failed on this request. Report it with its id: {request.ticket.request_id}."
+        refusal = Refusal(Kind.INTERNAL, told)
+        if request.relay is not None:
+            request.relay.give_up(refusal)
+        else:
+            self.refuse(request, refusal, client)
+
+    # --- ends before a relay --------------------------------------------------------------------------------------
+
+    def refuse(self, request: Request, refusal: Refusal, client: Client) -> None:
+        """Answer a request that gets no relay."""
+        self._release(request)
+        client.respond(*self.refusal(request.route, request.ticket, refusal))
+
+    def refusal(self, route: Route, ticket: Ticket, refusal: Refusal) -> tuple[int, list[Header], bytes]:
+        """Settle a request that gets no relay; return status, headers and body of its answer."""
+        status = route.dialect.status(refusal)
+        ticket.error = refusal.message
+        ticket.settle(OUTCOMES.get(refusal.kind, Outcome.REFUSED), status, self.deadlines.clock())
+        headers = [_JSON, (b"x-request-id", ticket.request_id.encode("ascii")), *refusal.extra_headers()]
+        return status, headers, route.dialect.error_body(refusal, ticket.request_id)
+
+    def client_gone(self, request: Request) -> None:
+        """Take that the client left, wherever its request is."""
+        if request.relay is not None:
+            request.relay.client_gone()
+            return
+        if request.task is not None:
+            request.task.cancel()
+            request.task = None
+        if request.steps is not None:
+            request.steps.close()
+            request.steps = None
+        if not request.ticket.settled:
+            self._release(request)
+            request.ticket.settle(Outcome.CLIENT_GONE, 499, self.deadlines.clock())
+
+    def shut_down(self) -> None:
+        """End every request that is left with an error the client can read."""
+        for request in list(self.active):
+            if request.relay is not None:
+                request.relay.shut_down()
+
+
+def _check_headers(headers: dict[bytes, bytes], ticket: Ticket) -> Refusal | None:
+    encoding = headers.get(b"content-encoding", b"").strip().lower()
+    if encoding not in _TEXTUAL:
+        told = f"Bodies with content-encoding {encoding.decode('latin-1')!r} are not read. Send it uncompressed."
+        return Refusal(Kind.CONTENT_TYPE, told)
+    content_type = headers.get(b"content-type", b"application/json").split(b";", 1)[0].strip().lower()
+    if content_type != b"application/json" and not content_type.endswith(b"+json"):
+        told = f"Bodies of type {content_type.decode('latin-1')!r} are not read. Send application/json."
+        return Refusal(Kind.CONTENT_TYPE, told)
+    client_id = headers.get(b"x-client-request-id")
+    if client_id is not None:
+        if len(client_id) > MAX_CLIENT_ID or not client_id.isascii():
+            told = f"'x-client-request-id' must be ASCII and have at most {MAX_CLIENT_ID} characters."
+            return Refusal(Kind.INVALID, told)
+        ticket.client_request_id = client_id.decode("ascii")
+    return None

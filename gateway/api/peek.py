@@ -1,0 +1,229 @@
+"""Typed views of request bodies: what the gateway must know, read without touching the rest.
+
+A body is taken apart into its top-level fields, each still the bytes the client sent, and put together again for the
+engine: what was authorised is what is sent, and a key that stands twice stands once afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import msgspec
+
+from engines.protocol import Fields
+from engines.registry import ENGINES
+from gateway.api.media import MediaRules, check_media
+from gateway.errors import Kind, Refusal
+from gateway.serving.dialect import Route
+from gateway.settings import Caps
+
+FORBIDDEN = frozenset().union(*(engine.control_fields for engine in ENGINES.values()))
+"""Fields no client may send: one engine's control field is refused whatever engine will serve."""
+
+MAX_MODEL_NAME = 256
+
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_string = msgspec.json.Decoder(str).decode
+_decode_int = msgspec.json.Decoder(int, strict=True).decode
+_SURROGATE = re.compile(rb"\\u([dD][89a-fA-F][0-9a-fA-F]{2})")
+_NULL, _TRUE, _FALSE = b"null", b"true", b"false"
+_TEMPLATE_KEYS = frozenset({"chat_template", "tokenize", "conversation", "tools", "documents"})
+
+
+@dataclass(slots=True)
+class Asked:
+    """What a body asks for. ``wants_usage`` tells whether the client asked for the usage chunk itself."""
+
+    model: str
+    fields: Fields
+    stream: bool
+    wants_usage: bool
+    max_tokens: int | None
+
+
+def read_body(body: bytes, route: Route, caps: Caps, media: MediaRules) -> Asked | Refusal:
+    """Check a body against everything that can be said without knowing which engine will serve it."""
+    fields = _take_apart(body)
+    if isinstance(fields, Refusal):
+        return fields
+    if not FORBIDDEN.isdisjoint(fields):
+        name = min(FORBIDDEN.intersection(fields))
+        return Refusal(Kind.FORBIDDEN_FIELD, f"The field {name!r} is not for clients to set. Leave it out.", name)
+    model = _model(fields)
+    if isinstance(model, Refusal):
+        return model
+    stream = _flag(fields, "stream")
+    if isinstance(stream, Refusal):
+        return stream
+    if stream and not route.streams:
+        return Refusal(Kind.INVALID, f"{route.path} does not stream. Leave 'stream' out.", "stream")
+    refusal = _refused(fields, route) or check_surrogates(body)
+    if refusal is not None:
+        return refusal
+    max_tokens = _hold_caps(fields, route, caps)
+    if isinstance(max_tokens, Refusal):
+        return max_tokens
+    wants_usage = "stream_options" in fields and _wants_usage(fields["stream_options"])
+    refusal = check_media(body, fields, route, media, caps.media)
+    if refusal is not None:
+        return refusal
+    return Asked(model, fields, stream, wants_usage, max_tokens)
+
+
+def _take_apart(body: bytes) -> dict[str, msgspec.Raw] | Refusal:
+    if not body:
+        return Refusal(Kind.INVALID, "The body is empty. Send a JSON object.")
+    try:
+        return _decode_fields(body)
+    except msgspec.ValidationError:
+        return Refusal(Kind.INVALID, "The body is JSON but no object. Send a JSON object.")
+    except msgspec.DecodeError as error:
+        return Refusal(Kind.INVALID, f"The body is not valid JSON: {error}.")
+    except RecursionError:
+        return Refusal(Kind.INVALID, "The body is nested too deeply to be read.")
+
+
+def _model(fields: dict[str, msgspec.Raw]) -> str | Refusal:
+    raw = fields.get("model")
+    if raw is None or bytes(raw) == _NULL:
+        return Refusal(Kind.INVALID, "The field 'model' is missing. GET /v1/models lists what there is.", "model")
+    try:
+        model = _decode_string(raw)
+    except msgspec.DecodeError:
+        return Refusal(Kind.INVALID, "The field 'model' must be a string.", "model")
+    if not model or len(model) > MAX_MODEL_NAME:
+        told = f"The field 'model' must have 1 to {MAX_MODEL_NAME} characters. GET /v1/models lists what there is."
+        return Refusal(Kind.INVALID, told, "model")
+    return model
+
+
+def _flag(fields: dict[str, msgspec.Raw], name: str) -> bool | Refusal:
+    raw = fields.get(name)
+    if raw is None:
+        return False
+    value = bytes(raw)
+    if value == _TRUE:
+        return True
+    if value in (_FALSE, _NULL):
+        return False
+    return Refusal(Kind.INVALID, f"The field {name!r} must be true or false.", name)
+
+
+def _refused(fields: dict[str, msgspec.Raw], route: Route) -> Refusal | None:
+    for name, reason in route.refused_fields:
+        if name in fields and bytes(fields[name]) not in (_NULL, _FALSE):
+            return Refusal(Kind.UNSUPPORTED, f"The field {name!r} cannot be served: {reason}.", name)
+    if "chat_template_kwargs" in fields and bytes(fields["chat_template_kwargs"]) != _NULL:
+        try:
+            given = _decode_fields(fields["chat_template_kwargs"])
+        except (msgspec.DecodeError, RecursionError):
+            return Refusal(Kind.INVALID, "'chat_template_kwargs' must be an object.", "chat_template_kwargs")
+        taken = sorted(_TEMPLATE_KEYS.intersection(given))
+        if taken:
+            told = f"'chat_template_kwargs' may not hold {taken[0]!r}: the template is the model's own."
+            return Refusal(Kind.FORBIDDEN_FIELD, told, "chat_template_kwargs")
+    return None
+
+
+def check_surrogates(body: bytes) -> Refusal | None:
+    """Refuse half of a surrogate pair: engines fail on text that cannot be encoded."""
+    if b"\\u" not in body:
+        return None
+    expected = -1
+    for match in _SURROGATE.finditer(body):
+        if _is_escaped(body, match.start()):
+            continue
+        high = int(match[1], 16) < 0xDC00
+        if high:
+            if expected >= 0:
+                break
+            expected = match.end()
+        elif expected == match.start():
+            expected = -1
+        else:
+            expected = match.start()
+            break
+    if expected < 0:
+        return None
+    return Refusal(Kind.INVALID, "The body holds half of a surrogate pair (\\ud800 to \\udfff), which is no character.")
+
+
+def _is_escaped(body: bytes, at: int) -> bool:
+    """Tell whether the backslash at ``at`` is itself escaped: an odd number of them stands before it."""
+    before = at
+    while before and body[before - 1] == 0x5C:
+        before -= 1
+    return (at - before) % 2 == 1
+
+
+def _hold_caps(fields: dict[str, msgspec.Raw], route: Route, caps: Caps) -> int | Refusal | None:
+    """Hold a key's caps on answers and output tokens; return the output limit the client stated or the cap set."""
+    stated: int | None = None
+    for name in route.token_fields:
+        value = _count(fields, name)
+        if isinstance(value, Refusal):
+            return value
+        if value is None:
+            continue
+        if caps.max_tokens is not None and value > caps.max_tokens:
+            told = f"This key may ask for at most {caps.max_tokens} output tokens; {name!r} is {value}."
+            return Refusal(Kind.INVALID, told, name)
+        stated = value if stated is None else stated
+    if stated is None and route.token_fields and caps.max_tokens is not None:
+        stated = caps.max_tokens
+        fields[route.token_fields[-1]] = msgspec.Raw(b"%d" % stated)
+    if caps.n is not None:
+        refusal = _hold_n(fields, route, caps.n)
+        if refusal is not None:
+            return refusal
+    return stated
+
+
+def _hold_n(fields: dict[str, msgspec.Raw], route: Route, cap: int) -> Refusal | None:
+    for name in route.n_fields:
+        value = _count(fields, name)
+        if isinstance(value, Refusal):
+            return value
+        answers = (value or 1) * _prompts(fields.get("prompt"))
+        if answers > cap:
+            told = f"This key may ask for at most {cap} answers in one request; this one asks for {answers}."
+            return Refusal(Kind.INVALID, told, name)
+    return None
+
+
+def _prompts(raw: msgspec.Raw | None) -> int:
+    """Return how many prompts a completion request holds: a list of strings or of lists is that many."""
+    if raw is None or not bytes(raw).lstrip().startswith(b"["):
+        return 1
+    try:
+        prompts = msgspec.json.decode(raw, type=list[str | list[int] | int])
+    except (msgspec.DecodeError, RecursionError):
+        return 1
+    return 1 if prompts and isinstance(prompts[0], int) else max(1, len(prompts))
+
+
+def _count(fields: dict[str, msgspec.Raw], name: str) -> int | Refusal | None:
+    raw = fields.get(name)
+    if raw is None or bytes(raw) == _NULL:
+        return None
+    try:
+        value = _decode_int(raw)
+    except msgspec.DecodeError:
+        return Refusal(Kind.INVALID, f"The field {name!r} must be a whole number.", name)
+    if not 0 <= value < 2**31:
+        return Refusal(Kind.INVALID, f"The field {name!r} must be between 0 and {2**31 - 1}.", name)
+    return value
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+def _wants_usage(raw: msgspec.Raw) -> bool:
+    try:
+        options = msgspec.json.decode(raw, type=_StreamOptions | None)
+    except (msgspec.DecodeError, RecursionError):
+        # Malformed options are the engine's to refuse, in its own words.
+        return True
+    return options is not None and bool(options.include_usage)

@@ -1,0 +1,517 @@
+"""The fast face: uvicorn's own HTTP/1.1 protocol, in which the relayed paths are served without ASGI in between.
+
+Every other request goes on to uvicorn as usual. A relayed request stands in uvicorn's queue of request cycles as one
+of its own, so that pipelined requests of both kinds wait for each other, and uvicorn's shutdown sees them. The limits
+on what a client may do with a connection (slow or endless headers, slow bodies, pipelining) hold for every path here.
+
+Written against uvicorn 0.54.0, which is pinned: ``SUPPORTED`` is checked at start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from gateway.api.edge import Edge, Refused
+from gateway.api.request import Request
+from gateway.errors import Kind, Refusal
+from gateway.serving.deadlines import NEVER
+from gateway.serving.dialect import OPENAI, Route
+from gateway.serving.relay import Header
+
+SUPPORTED = "0.54.0"
+MAX_PIPELINED = 16
+"""Requests that may wait on one connection behind the one being served."""
+LINGER = 2.0
+LINGER_BYTES = 4 * 1024 * 1024
+"""How long and how much a refused request's body is still read, unseen, so that the client gets to read the answer."""
+
+CLOSE_EXTENSION = "forebay.close"
+"""ASGI extension: a callable that has the connection closed after the answer being sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionRules:
+    """What a connection may do: seconds, bytes, a count."""
+
+    headers: float = 10.0
+    body: float = 60.0
+    keep_alive: float = 75.0
+    header_bytes: int = 64 * 1024
+    header_count: int = 100
+    connections: int = 100_000
+
+
+class ForebayProtocol(HttpToolsProtocol):
+    """One client connection. ``bound`` makes the class that uvicorn is given."""
+
+    edge: Edge
+    rules: ConnectionRules
+    routes: Mapping[bytes, Route]
+    """The relayed paths; empty where the ASGI face serves them."""
+    unread: Route
+    """What answers in the dialect of a request that could not be read."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.deadline = NEVER
+        self._in_head = False
+        self._head_bytes = 0
+        self._deaf = False
+        self._dropped = 0
+        self._reading: RelayedCycle | None = None
+        self._serving: RelayedCycle | None = None
+
+    # --- the connection ---------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, unless there are too many."""
+        super().connection_made(transport)
+        self.deadline = self.edge.deadlines.clock() + self.rules.headers
+        self.edge.deadlines.watch(self)
+        if len(self.connections) > self.rules.connections:
+            told = "This gateway holds as many connections as it may. Try again shortly."
+            self._answer_unread(Refusal(Kind.BUSY, told, retry_after=1.0))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell whatever is being served that the client is gone."""
+        self.edge.deadlines.forget(self)
+        serving, self._serving = self._serving, None
+        self._reading = None
+        if serving is not None:
+            serving.client_gone()
+        if self._ours():
+            # Nothing of uvicorn's own is being served: spare it from finding a cycle of ours.
+            self._set_cycle(None)
+        super().connection_lost(exc)
+
+    def _ours(self) -> bool:
+        """Tell whether the newest request cycle is one of ours."""
+        cycle: Any = self.cycle
+        return isinstance(cycle, RelayedCycle)
+
+    def _set_cycle(self, cycle: Any) -> None:
+        self.cycle = cycle
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, within the bounds on heads."""
+        if self._deaf:
+            self._drop(len(data))
+            return
+        self._head_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse_upgrade()
+            return
+        except httptools.HttpParserError:
+            self._bad_request("The request is not valid HTTP/1.1.")
+            return
+        if self._in_head:
+            self._bound_head()
+
+    def _bound_head(self) -> None:
+        if self._head_bytes > self.rules.header_bytes or len(self.headers) > self.rules.header_count:
+            self._answer_unread(self._headers_too_large())
+        elif self.deadline == NEVER:
+            self.deadline = self.edge.deadlines.clock() + self.rules.headers
+
+    def _headers_too_large(self) -> Refusal:
+        rules = self.rules
+        told = f"The headers are more than {rules.header_bytes} bytes or {rules.header_count} lines. Send fewer."
+        return Refusal(Kind.HEADERS_TOO_LARGE, told)
+
+    def _drop(self, size: int) -> None:
+        self._dropped += size
+        if self._dropped > LINGER_BYTES:
+            self.transport.abort()
+
+    def on_deadline(self, now: float) -> None:
+        """Close a connection that is idle, or whose request does not come."""
+        self.deadline = NEVER
+        if self._deaf:
+            self.transport.abort()
+        elif self._in_head and self._head_bytes:
+            seconds = self.rules.headers
+            self._answer_unread(Refusal(Kind.SLOW_CLIENT, f"The headers took longer than {seconds:g} s to arrive."))
+        elif self._reading is not None:
+            seconds = self.rules.body
+            self._reading.refuse(Refusal(Kind.SLOW_CLIENT, f"The body took longer than {seconds:g} s to arrive."))
+        elif self.cycle is not None and not self.cycle.response_complete:
+            # A slow body on a path of FastAPI's.
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The client is slow: have the engine's stream wait."""
+        self.flow.pause_writing()
+        if self._serving is not None:
+            self._serving.pause()
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        self.flow.resume_writing()
+        if self._serving is not None:
+            self._serving.resume()
+
+    # --- what the parser finds --------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """Start a request's head."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+        self._in_head = True
+        self._reading = None
+        self.deadline = NEVER
+
+    def on_headers_complete(self) -> None:
+        """Serve a relayed request here, hand any other to uvicorn."""
+        self._in_head = False
+        if self._head_bytes > self.rules.header_bytes or len(self.headers) > self.rules.header_count:
+            size = sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > self.rules.header_bytes or len(self.headers) > self.rules.header_count:
+                self._answer_unread(self._headers_too_large())
+                return
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._bad_request(f"More than {MAX_PIPELINED} requests wait on this connection.")
+            return
+        route = self.routes.get(self.url) or self.routes.get(self.url.partition(b"?")[0])
+        if route is None or self.parser.get_method() != b"POST":
+            self._hand_over()
+            return
+        keep_alive = self.parser.should_keep_alive()
+        cycle = RelayedCycle(self, route, self.headers, keep_alive, self.parser.get_http_version() == "1.1")
+        existing = self.cycle
+        self._set_cycle(cycle)
+        self._reading = cycle
+        if existing is None or existing.response_complete:
+            self._start(cycle)
+        else:
+            self.pipeline.appendleft((cycle, self.app))  # type: ignore[arg-type]
+        if not cycle.read:
+            self.deadline = self.edge.deadlines.clock() + self.rules.body
+
+    def _hand_over(self) -> None:
+        url, headers, expect = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expect
+        self.headers.extend(headers)
+        extensions: Any = {CLOSE_EXTENSION: self._close_after}
+        self.scope["extensions"] = extensions
+        self.deadline = self.edge.deadlines.clock() + self.rules.body
+        try:
+            super().on_headers_complete()
+        except (UnicodeDecodeError, httptools.HttpParserInvalidURLError):
+            self._bad_request("The request's URL is not valid.")
+            return
+        # uvicorn stops reading while a request waits behind another; then nobody would see the client leave.
+        self.flow.resume_reading()
+
+    def _close_after(self) -> None:
+        self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """Take part of a body."""
+        if self._deaf:
+            return
+        if self._reading is not None:
+            self._reading.on_body(body)
+        elif self.cycle is not None and not self._ours():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Take the end of a body."""
+        if self._deaf:
+            return
+        self._head_bytes = 0
+        self.deadline = NEVER
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.on_read()
+        elif self.cycle is not None and not self._ours():
+            super().on_message_complete()
+
+    # --- uvicorn's queue --------------------------------------------------------------------------------------------
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        if isinstance(cycle, RelayedCycle):
+            self._start(cycle)
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _start(self, cycle: RelayedCycle) -> None:
+        self._serving = cycle
+        cycle.start()
+
+    def on_response_complete(self) -> None:
+        """Begin the next waiting request, or wait for one to come."""
+        self._serving = None
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        elif self.edge.closing:
+            self.transport.close()
+        elif not self._in_head and self._reading is None:
+            self.deadline = self.edge.deadlines.clock() + self.rules.keep_alive
+
+    def _unset_keepalive_if_required(self) -> None:
+        """The keep-alive deadline is one of ours, not a timer."""
+
+    # --- requests that cannot be read -------------------------------------------------------------------------------
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what uvicorn finds wrong in our envelope."""
+        self._bad_request(msg)
+
+    def _bad_request(self, message: str) -> None:
+        self._answer_unread(Refusal(Kind.INVALID, message))
+
+    def _refuse_upgrade(self) -> None:
+        self._bad_request("Protocol upgrades are not offered here. Send the request without an 'upgrade' header.")
+
+    def _answer_unread(self, refusal: Refusal) -> None:
+        """Refuse what cannot be read as a request; an answer under way is finished first, and then the end."""
+        busy = self._serving is not None or (self.cycle is not None and not self.cycle.response_complete)
+        self._deaf = True
+        self._in_head = False
+        self._reading = None
+        if busy:
+            self.pipeline.clear()
+            if self.cycle is not None:
+                self.cycle.keep_alive = False
+            if self._serving is not None:
+                self._serving.keep_alive = False
+            return
+        ticket = self.edge.new_ticket("")
+        ticket.client = self.peer
+        status, headers, body = self.edge.refusal(self.unread, ticket, refusal)
+        self.write_answer(status, headers, body, close=True)
+        self.linger()
+
+    @property
+    def peer(self) -> str:
+        """The address the connection comes from."""
+        return self.client[0] if self.client else ""
+
+    # --- bytes ------------------------------------------------------------------------------------------------------
+
+    def write_answer(self, status: int, headers: list[Header], body: bytes, *, close: bool) -> None:
+        """Write a whole answer at once."""
+        head = self.head(status, headers, close=close)
+        self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
+
+    def head(self, status: int, headers: list[Header], *, close: bool) -> bytes:
+        """Return status line and headers without the empty line."""
+        lines = [STATUS_LINE[status]]
+        for name, value in self.server_state.default_headers:
+            lines.append(b"%b: %b\r\n" % (name, value))
+        for name, value in headers:
+            lines.append(b"%b: %b\r\n" % (name, value))
+        if close:
+            lines.append(b"connection: close\r\n")
+        return b"".join(lines)
+
+    def linger(self) -> None:
+        """Say that nothing more will come, and read on unseen for a moment: a reset would take the answer with it."""
+        self._deaf = True
+        self._reading = None
+        if self.transport.is_closing():
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.deadline = self.edge.deadlines.clock() + LINGER
+
+
+class RelayedCycle:
+    """A relayed request and its answer: the client as the relay sees it, and a request cycle as uvicorn does."""
+
+    __slots__ = (
+        "_chunked",
+        "_parts",
+        "_protocol",
+        "_refused",
+        "_request",
+        "_size",
+        "_started",
+        "disconnected",
+        "headers",
+        "keep_alive",
+        "read",
+        "response_complete",
+        "route",
+    )
+
+    def __init__(
+        self, protocol: ForebayProtocol, route: Route, headers: list[Header], keep_alive: bool, chunked: bool
+    ) -> None:
+        self._protocol = protocol
+        self.route = route
+        self.headers = headers
+        self.keep_alive = keep_alive
+        self.response_complete = False
+        self.disconnected = False
+        self.read = False
+        """Whether the whole body is here."""
+        self._chunked = chunked
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._request: Request | None = None
+        self._started = False
+        self._refused = False
+
+    # --- the request ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Its turn has come: let it in, or refuse it before its body is read."""
+        self._started = True
+        protocol = self._protocol
+        opened = protocol.edge.open(self.route, self.headers, protocol.peer)
+        if isinstance(opened, Refused):
+            self._refused = True
+            self.respond(*protocol.edge.refusal(opened.route, opened.ticket, opened.refusal))
+            return
+        self._request = opened
+        if not self.read and protocol.expect_100_continue and self._chunked and not self._size:
+            protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._size and self._grown():
+            return
+        if self.read:
+            self._run()
+
+    def on_body(self, body: bytes) -> None:
+        """Take part of the body."""
+        if self._refused:
+            return
+        self._parts.append(body)
+        self._size += len(body)
+        if self._request is not None and self._request.length is None:
+            self._grown()
+        elif self._request is None and self._size > self._protocol.edge.rules.body:
+            # It waits behind another request: nobody has looked at it yet.
+            self._protocol.transport.abort()
+
+    def _grown(self) -> bool:
+        """Refuse a body that has grown too large; tell whether it was refused."""
+        request = self._request
+        assert request is not None
+        refusal = self._protocol.edge.grow(request, self._size)
+        if refusal is None:
+            return False
+        self.refuse(refusal)
+        return True
+
+    def on_read(self) -> None:
+        """The body is whole."""
+        self.read = True
+        if self._started and not self._refused:
+            self._run()
+
+    def _run(self) -> None:
+        request = self._request
+        assert request is not None
+        body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts = []
+        self._protocol.edge.run(request, body, self)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Refuse it while its body is still coming."""
+        self._refused = True
+        self._parts = []
+        if self._request is not None:
+            self._protocol.edge.refuse(self._request, refusal, self)
+        else:
+            self._protocol.transport.abort()
+
+    def client_gone(self) -> None:
+        """The connection is lost."""
+        if not self.response_complete:
+            self.disconnected = True
+            self.response_complete = True
+            if self._request is not None:
+                self._protocol.edge.client_gone(self._request)
+
+    def pause(self) -> None:
+        """The client is slow."""
+        if self._request is not None and self._request.relay is not None:
+            self._request.relay.pause()
+
+    def resume(self) -> None:
+        """The client has caught up."""
+        if self._request is not None and self._request.relay is not None:
+            self._request.relay.resume()
+
+    # --- the answer -------------------------------------------------------------------------------------------------
+
+    def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+        """Send a whole answer."""
+        close = self._closes()
+        if not self.disconnected:
+            self._protocol.write_answer(status, headers, body, close=close)
+        self._finish(close)
+
+    def start_stream(self, headers: list[Header], data: bytes) -> None:
+        """Send status, headers and the first bytes of a stream."""
+        protocol = self._protocol
+        close = self._closes() or not self._chunked
+        self.keep_alive = not close
+        head = protocol.head(200, headers, close=close)
+        if self._chunked:
+            protocol.transport.write(
+                b"%btransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (head, len(data), data)
+                if data
+                else head + b"transfer-encoding: chunked\r\n\r\n"
+            )
+        else:
+            protocol.transport.write(b"%b\r\n%b" % (head, data))
+
+    def send(self, data: bytes) -> None:
+        """Send more of a stream."""
+        self._protocol.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    def end_stream(self, data: bytes, *, close: bool) -> None:
+        """Send the last bytes of a stream."""
+        if self._chunked:
+            self._protocol.transport.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n")
+        elif data:
+            self._protocol.transport.write(data)
+        self._finish(close or not self.keep_alive)
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        self.response_complete = True
+        self._protocol.transport.abort()
+
+    def _closes(self) -> bool:
+        return not self.keep_alive or not self.read or self._protocol.edge.closing
+
+    def _finish(self, close: bool) -> None:
+        self.response_complete = True
+        protocol = self._protocol
+        if self.disconnected:
+            return
+        if not close:
+            protocol.on_response_complete()
+        elif self.read:
+            protocol.transport.close()
+        else:
+            protocol.linger()
+
+
+def bound(edge: Edge, rules: ConnectionRules, routes: Mapping[str, Route], *, fast: bool) -> type[ForebayProtocol]:
+    """Return the protocol class for one listener. ``fast``: relayed paths are served here and not by ASGI."""
+    relayed = {path.encode("ascii"): route for path, route in routes.items()} if fast else {}
+    unread = Route("", OPENAI, "")
+    return type(
+        "BoundProtocol", (ForebayProtocol,), {"edge": edge, "rules": rules, "routes": relayed, "unread": unread}
+    )

@@ -1,0 +1,41 @@
+"""One relayed request at the edge: what its headers say, and where it is in its life."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.serving.dialect import Route
+from gateway.serving.relay import Relay
+from gateway.serving.ticket import Ticket
+from gateway.state.keys import KeyRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step that must wait: the only thing that costs a task."""
+
+    awaitable: Any
+
+
+Steps = Generator[Pending, Any, None]
+"""The way of a request from its body to its relay. It yields what it waits for and is sent what came of it."""
+
+
+class Request:
+    """A request whose headers are read. ``reserved`` is what its body takes of the byte budget."""
+
+    __slots__ = ("body_limit", "length", "relay", "reserved", "route", "steps", "task", "ticket", "who")
+
+    def __init__(self, route: Route, ticket: Ticket, who: KeyRecord, body_limit: int, length: int | None) -> None:
+        self.route = route
+        self.ticket = ticket
+        self.who = who
+        self.body_limit = body_limit
+        self.length = length
+        self.reserved = 0
+        self.steps: Steps | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.relay: Relay | None = None

@@ -1,0 +1,181 @@
+"""Everything that is not relayed: the model list, health, metrics and the documentation, by FastAPI."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from adapters.catalogue import Model
+from gateway.api.auth import may_use
+from gateway.api.edge import Edge
+from gateway.api.routes import RELAYED
+from gateway.errors import Kind, Refusal, openai_body
+from gateway.serving.pool import Endpoint
+from gateway.state.keys import KeyRecord
+
+TITLE = "Forebay"
+SUMMARY = "An OpenAI-compatible gateway in front of inference engines"
+
+
+class Refused(Exception):  # noqa: N818 - a refusal on its way to the table, not an error of ours
+    """A refusal raised inside a FastAPI route."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+def public_app(edge: Edge, version: str) -> FastAPI:
+    """Return what clients reach besides the relayed paths."""
+    app = FastAPI(title=TITLE, summary=SUMMARY, version=version, docs_url=None, redoc_url=None, openapi_url=None)
+    _handle_errors(app, edge)
+    _add_health(app, edge)
+
+    @app.get("/v1/models", summary="List the models this key may use", tags=["models"])
+    async def list_models(request: Request) -> dict[str, Any]:
+        who = _identify(request, edge)
+        models = [_describe(model) for model in edge.pool.catalogue.list() if may_use(who, model.name)]
+        return {"object": "list", "data": models}
+
+    @app.get("/v1/models/{model:path}", summary="Describe one model", tags=["models"])
+    async def show_model(model: str, request: Request) -> dict[str, Any]:
+        who = _identify(request, edge)
+        found = edge.pool.catalogue.resolve(model)
+        if found is None:
+            told = f"The model {model!r} does not exist. GET /v1/models lists what there is."
+            raise Refused(Refusal(Kind.NO_MODEL, told, "model"))
+        if not may_use(who, model):
+            raise Refused(Refusal(Kind.NO_RIGHT, f"This key may not use the model {model!r}.", "model"))
+        return _describe(found)
+
+    return app
+
+
+def admin_app(edge: Edge, public: FastAPI, version: str) -> FastAPI:
+    """Return what only operators reach: metrics, health and the documentation of the public paths."""
+    app = FastAPI(title=f"{TITLE} (operators)", version=version, redoc_url=None)
+    _handle_errors(app, edge)
+    _add_health(app, edge)
+
+    @app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        for endpoint in edge.pool.endpoints:
+            edge.metrics.endpoint_state(endpoint.name, endpoint.healthy, endpoint.in_flight)
+        text = await asyncio.get_running_loop().run_in_executor(None, edge.metrics.render)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    app.openapi = lambda: schema(public, app)  # type: ignore[method-assign]
+    return app
+
+
+def schema(public: FastAPI, admin: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI schema of all paths, the relayed ones from their table."""
+    document = get_openapi(title=TITLE, version=public.version, summary=SUMMARY, routes=[*public.routes, *admin.routes])
+    answers = {
+        "200": {"description": "The engine's answer, or its event stream where the body says 'stream': true"},
+        "4XX": {"description": "The request is refused; the error says why and what to do"},
+        "5XX": {"description": "The engine or the gateway failed; SDKs try again by themselves"},
+    }
+    body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+    for path, route in RELAYED.items():
+        operation = {"summary": route.summary, "tags": ["relayed"], "requestBody": body, "responses": answers}
+        document["paths"].setdefault(path, {})["post"] = operation
+    return document
+
+
+def _describe(model: Model) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "forebay",
+    }
+    if model.max_model_len is not None:
+        described["max_model_len"] = model.max_model_len
+    return described
+
+
+def _identify(request: Request, edge: Edge) -> KeyRecord:
+    who = edge.authenticator.identify(dict(request.headers.raw))
+    if isinstance(who, Refusal):
+        raise Refused(who)
+    return who
+
+
+def _add_health(app: FastAPI, edge: Edge) -> None:
+    @app.get("/health/live", summary="The process is alive", tags=["health"])
+    async def live() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/health/ready", summary="Requests can be served", tags=["health"])
+    async def ready() -> JSONResponse:
+        is_ready = edge.pool.ready and not edge.closing
+        status = "shutting down" if edge.closing else "ok" if is_ready else "no healthy engine"
+        endpoints = [_describe_endpoint(endpoint) for endpoint in edge.pool.endpoints]
+        return JSONResponse({"status": status, "endpoints": endpoints}, 200 if is_ready else 503)
+
+
+def _describe_endpoint(endpoint: Endpoint) -> dict[str, Any]:
+    return {"name": endpoint.name, "healthy": endpoint.healthy, "models": sorted(endpoint.models)}
+
+
+def _handle_errors(app: FastAPI, edge: Edge) -> None:
+    def answer(refusal: Refusal, headers: dict[str, str] | None = None) -> Response:
+        content = openai_body(refusal, "")
+        return Response(content, refusal.kind.value.status, headers, "application/json")
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        return answer(error.refusal)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        path, method = request.url.path, request.method
+        if error.status_code == 405 or (error.status_code == 404 and path in RELAYED):
+            allowed = "POST" if path in RELAYED else (error.headers or {}).get("allow", "GET")
+            told = f"{method} is not offered on {path}. Use {allowed}."
+            return answer(Refusal(Kind.NO_METHOD, told), {"allow": allowed})
+        if error.status_code == 404:
+            return answer(Refusal(Kind.NO_PATH, f"There is nothing at {method} {path}. The paths are OpenAI's: /v1/…"))
+        return answer(Refusal(Kind.INVALID, str(error.detail)))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+        return answer(Refusal(Kind.INVALID, problems))
+
+    @app.exception_handler(Exception)
+    async def internal(request: Request, error: Exception) -> Response:
+        edge.log.failed("internal_error", error, path=request.url.path)
+        return answer(Refusal(Kind.INTERNAL, "The gateway failed on this request. Its log says why."))
+
+
+class WithRequestId:
+    """ASGI: gives every answer of ``app`` an ``x-request-id``."""
+
+    def __init__(self, app: Any, edge: Edge) -> None:
+        self._app = app
+        self._edge = edge
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = self._edge.new_id().encode("ascii")
+
+        async def send_with_id(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                if self._edge.closing:
+                    message["headers"].append((b"connection", b"close"))
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

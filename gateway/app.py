@@ -1,0 +1,364 @@
+"""The composition root: builds a replica out of settings, once; nothing else constructs.
+
+A replica is one process and one event loop. ``run`` is the process; ``Replica`` can also be started inside a loop that
+exists, which is what the tests do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+from adapters.catalogue import Catalogue
+from engines.registry import ENGINES
+from gateway.api.asgi import AsgiFace
+from gateway.api.auth import Authenticator
+from gateway.api.edge import Edge, EdgeRules
+from gateway.api.media import MediaRules
+from gateway.api.protocol import SUPPORTED, ConnectionRules, bound
+from gateway.api.rest import WithRequestId, admin_app, public_app
+from gateway.api.routes import RELAYED
+from gateway.keyring import Keyring
+from gateway.listener import Listener, ListenError, bind, bind_unix
+from gateway.log import Log
+from gateway.metrics import Metrics
+from gateway.serving.deadlines import Deadlines
+from gateway.serving.pool import EndpointSpec, Pool
+from gateway.serving.relay import RelayLimits
+from gateway.serving.upstream import parse_address
+from gateway.serving.watch import Watcher
+from gateway.settings import ConfigError, Settings, diff, fingerprint, load
+
+HOUSEKEEPING = 0.1
+"""Seconds between two flushes of the log."""
+
+SWITCH_INTERVAL = 0.001
+"""Seconds after which a thread (metrics, large bodies) lets the event loop run: what a stream may be delayed by one."""
+
+
+class Replica:
+    """One gateway. ``path`` is the file that a reload reads again; ``clock`` returns monotonic seconds."""
+
+    def __init__(
+        self, settings: Settings, path: Path | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.settings = settings
+        self._path = path
+        self.log = Log(settings.log.format, settings.log.file, settings.log.level)
+        self.metrics = Metrics(settings.metrics.max_label_values)
+        self.deadlines = Deadlines(clock)
+        self.pool = Pool(Catalogue())
+        self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="forebay")
+        self.authenticator = Authenticator({})
+        self.keyring = Keyring(settings, self.authenticator, self.log, clock)
+        self.edge = Edge(
+            self.authenticator,
+            self.pool,
+            self.deadlines,
+            self.metrics,
+            self.log,
+            self.executor,
+            edge_rules(settings),
+        )
+        looks = settings.discovery
+        self.watcher = Watcher(self.pool, self.metrics, self.log, looks.interval, looks.down_interval)
+        self.listeners: list[Listener] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stop = asyncio.Event()
+        self._force = asyncio.Event()
+
+    @property
+    def port(self) -> int:
+        """The port clients reach it on."""
+        return self.listeners[0].port
+
+    @property
+    def admin_port(self) -> int:
+        """The port operators reach it on."""
+        return self.listeners[1].port
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen, read the keys and look at every engine once. Raises ListenError, ConfigError or StateError."""
+        settings = self.settings
+        # Bound before anything that takes time: an address in use is told at once.
+        self._make_listeners()
+        await self.keyring.start()
+        added, _ = self.pool.configure(endpoint_specs(settings), int(time.time()))
+        await self.watcher.watch(added)
+        for listener in self.listeners:
+            await listener.open()
+        self.deadlines.start()
+        self._tasks.append(asyncio.create_task(self._keep_house(), name="housekeeping"))
+        self._tasks.append(asyncio.create_task(self.keyring.keep_current(), name="keys"))
+        self.log.say(
+            "info", "started", port=self.port, face=settings.listen.face, configuration=fingerprint(settings)[:12]
+        )
+        if settings.auth == "none" and not settings.listen.is_loopback:
+            self.log.say(
+                "warning",
+                "open_to_everybody",
+                why=f"auth is 'none' and {settings.listen.host} can be reached from other machines: anybody may use it",
+            )
+
+    def _make_listeners(self) -> None:
+        settings, listen = self.settings, self.settings.listen
+        version = metadata.version("forebay")
+        public = public_app(self.edge, version)
+        rest = WithRequestId(public, self.edge)
+        rules = ConnectionRules(
+            headers=settings.timeouts.headers,
+            body=settings.timeouts.body,
+            keep_alive=listen.keep_alive,
+            header_bytes=settings.limits.header_bytes,
+            header_count=settings.limits.header_count,
+            connections=settings.limits.connections,
+        )
+        fast = listen.face == "protocol"
+        sock = bind_unix(str(listen.unix_socket)) if listen.unix_socket else bind(listen.host, listen.port)
+        tls = (str(listen.tls.certificate), str(listen.tls.private_key)) if listen.tls else None
+        face = AsgiFace(self.edge, RELAYED, rest)
+        self.listeners.append(Listener(face, sock, bound(self.edge, rules, RELAYED, fast=fast), tls, listen.backlog))
+        if settings.admin.enabled:
+            admin = WithRequestId(admin_app(self.edge, public, version), self.edge)
+            try:
+                sock = bind(settings.admin.host, settings.admin.port)
+            except ListenError:
+                self.listeners[0].discard()
+                raise
+            protocol = bound(self.edge, rules, RELAYED, fast=False)
+            self.listeners.append(Listener(admin, sock, protocol, None, listen.backlog))
+
+    async def _keep_house(self) -> None:
+        """Write the log, keep the date, and notice a changed file."""
+        stamp = self._file_stamp()
+        ticks = 0
+        while True:
+            await asyncio.sleep(HOUSEKEEPING)
+            self.log.flush()
+            ticks += 1
+            if ticks % 10 == 0:
+                for listener in self.listeners:
+                    listener.tick()
+                now = self._file_stamp()
+                if now != stamp:
+                    stamp = now
+                    await self.reload()
+
+    def _file_stamp(self) -> tuple[int, int] | None:
+        if self._path is None:
+            return None
+        try:
+            facts = self._path.stat()
+        except OSError:
+            return None
+        return facts.st_mtime_ns, facts.st_size
+
+    # --- reload -----------------------------------------------------------------------------------------------------
+
+    async def reload(self) -> list[str]:
+        """Read the file again and swap what can change while running. Returns what went wrong; then nothing changed."""
+        self.log.reopen()
+        if self._path is None:
+            return []
+        try:
+            settings = load(self._path)
+            specs = endpoint_specs(settings)
+            await self.keyring.reconfigure(settings)
+        except (ConfigError, ValueError) as error:
+            problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+            self.metrics.reloaded(False)
+            self.log.say("error", "reload_refused", problems=problems)
+            return problems
+        changes = diff(self.settings, settings)
+        self.settings = settings
+        self.edge.rules = edge_rules(settings)
+        self.watcher.interval, self.watcher.down_interval = (
+            settings.discovery.interval,
+            settings.discovery.down_interval,
+        )
+        await self._change_endpoints(specs)
+        self.metrics.reloaded(True)
+        self.log.say("info", "reloaded", changed=changes.live, configuration=fingerprint(settings)[:12])
+        if changes.needs_restart:
+            self.log.say("warning", "restart_needed", for_changes_in=changes.needs_restart)
+        return []
+
+    async def _change_endpoints(self, specs: list[EndpointSpec]) -> None:
+        """Take endpoints in and out; requests under way at one that goes finish there."""
+        added, gone = self.pool.configure(specs, int(time.time()))
+        await self.watcher.watch(added)
+        await self.watcher.forget(gone)
+        served = {name for endpoint in self.pool.endpoints for name in endpoint.models}
+        if gone:
+            self.pool.catalogue.retain(served)
+
+    # --- end --------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Begin to stop; the second call ends now."""
+        if self._stop.is_set():
+            self._force.set()
+        self._stop.set()
+
+    async def until_stopped(self) -> None:
+        """Wait for ``stop``, then leave as a load balancer likes it: announce, close, drain, end what is left."""
+        await self._stop.wait()
+        shutdown = self.settings.shutdown
+        self.edge.closing = True
+        self.log.say("info", "stopping", announce=shutdown.announce, drain=shutdown.drain, active=len(self.edge.active))
+        await self._wait_for(lambda: False, shutdown.announce)
+        for listener in self.listeners[:1]:
+            listener.close()
+        await self._wait_for(self._drained, shutdown.drain)
+        left = len(self.edge.active)
+        self.edge.shut_down()
+        await self._wait_for(lambda: not self.listeners[0].state.connections, 1.0)
+        await self.close()
+        self.log.say("info", "stopped", cut_off=left)
+        self.log.close()
+
+    def _drained(self) -> bool:
+        return not self.edge.active and not self.listeners[0].busy
+
+    async def _wait_for(self, ready: Callable[[], bool], seconds: float) -> None:
+        """Wait until ``ready``, the time is over, or somebody insists."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while not ready() and not self._force.is_set() and loop.time() < end:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._force.wait(), min(0.02, max(0.0, end - loop.time())))
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.watcher.stop()
+        await self.deadlines.stop()
+        for listener in self.listeners:
+            listener.close()
+            await listener.abandon()
+        self.pool.close()
+        await self.keyring.stop()
+        self.executor.shutdown(wait=False)
+        await asyncio.sleep(0)
+
+
+def edge_rules(settings: Settings) -> EdgeRules:
+    """Return what the edge goes by."""
+    limits, timeouts, media = settings.limits, settings.timeouts, settings.media
+    return EdgeRules(
+        body=limits.body,
+        offload_above=limits.offload_above,
+        parse_budget=limits.parse_budget,
+        trusted_proxies=settings.trusted_proxies,
+        media=MediaRules(
+            hosts=frozenset(host.lower() for host in media.hosts) if media.remote == "engine" else frozenset(),
+            data_url=media.data_url,
+            paths=dict(media.paths),
+        ),
+        relay=RelayLimits(
+            connect=timeouts.connect,
+            first_byte=timeouts.first_byte,
+            idle=timeouts.idle,
+            total=timeouts.total,
+            write=timeouts.write,
+            heartbeat_after=settings.stream.heartbeat_after,
+            retries=settings.stream.retries,
+            response=limits.response,
+            event=limits.event,
+        ),
+    )
+
+
+def endpoint_specs(settings: Settings) -> list[EndpointSpec]:
+    """Return the endpoints of the configuration. Raises ConfigError."""
+    specs = []
+    for upstream in settings.upstreams:
+        engine = ENGINES.get(upstream.engine)
+        if engine is None:
+            raise ConfigError([f"upstream {upstream.url}: unknown engine {upstream.engine!r}"])
+        specs.append(
+            EndpointSpec(
+                name=upstream.name or upstream.url,
+                url=upstream.url,
+                engine=engine,
+                address=parse_address(upstream.url, str(upstream.ca_file) if upstream.ca_file else None),
+                api_key=upstream.credential(),
+                models=tuple(sorted(upstream.models.items())) if upstream.models is not None else None,
+                max_connections=upstream.max_connections,
+            )
+        )
+    return specs
+
+
+async def serve(settings: Settings, path: Path | None = None) -> int:
+    """Run a replica until SIGTERM or SIGINT; SIGHUP reloads. Returns the exit code."""
+    replica = Replica(settings, path)
+    loop = asyncio.get_running_loop()
+    try:
+        await replica.start()
+    except BaseException:
+        await replica.close()
+        raise
+    reloads: set[asyncio.Task[list[str]]] = set()
+
+    def reload() -> None:
+        task = loop.create_task(replica.reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, replica.stop)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    await replica.until_stopped()
+    return 0
+
+
+def run(settings: Settings, path: Path | None = None) -> int:
+    """Run a replica as this process. Returns the exit code; what keeps it from starting is one line on stderr."""
+    import uvicorn
+    import uvloop
+
+    if settings.listen.face == "protocol" and uvicorn.__version__ != SUPPORTED:
+        print(
+            f"forebay: the fast face is written for uvicorn {SUPPORTED}, {uvicorn.__version__} is installed;"
+            " install the locked version or set 'listen.face: asgi'",
+            file=sys.stderr,
+        )
+        return 1
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(serve(settings, path))
+    except (ListenError, ConfigError) as error:
+        print(f"forebay: {error}", file=sys.stderr)
+        return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one replica from a configuration file and the environment (``python -m gateway.app``)."""
+    parser = argparse.ArgumentParser(prog="python -m gateway.app", description="Run one gateway replica.")
+    parser.add_argument("--config", type=Path, help="forebay.yaml; the environment (FOREBAY_…) goes before it")
+    given = parser.parse_args(argv)
+    try:
+        settings = load(given.config)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"forebay: {problem}", file=sys.stderr)
+        return 1
+    return run(settings, given.config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

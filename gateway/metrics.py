@@ -1,0 +1,186 @@
+"""Every metric, once. Functions are named by event; what is hot is a plain integer until somebody scrapes.
+
+prometheus_client writes the exposition format; its own counters and histograms take a lock and a label lookup per
+call, which a stream at full speed pays per event. So the numbers live here and a collector hands them over. Labels are
+bounded: a model is one of the catalogue's, and tenants beyond ``max_label_values`` become ``other``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+
+OTHER = "other"
+"""The label of everything beyond the bound."""
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
+OVERHEAD_SECONDS = (5e-06, 1e-05, 2.5e-05, 5e-05, 1e-04, 2.5e-04, 5e-04, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)
+
+
+class Histogram:
+    """Counts per bucket and a sum. ``bounds`` are inclusive upper bounds in seconds."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        """Count ``times`` observations of the same length."""
+        self.counts[bisect_left(self.bounds, seconds)] += times
+        self.total += seconds * times
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return cumulative counts by upper bound, as the exposition format has them."""
+        seen = 0
+        rows = []
+        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            seen += count
+            rows.append(("+Inf" if bound == float("inf") else repr(bound), float(seen)))
+        return rows
+
+
+class ModelSeries:
+    """What is measured of one model."""
+
+    __slots__ = ("duration", "in_flight", "inter_token", "ttft")
+
+    def __init__(self) -> None:
+        self.ttft = Histogram(SECONDS)
+        self.inter_token = Histogram(GAP_SECONDS)
+        self.duration = Histogram(SECONDS)
+        self.in_flight = 0
+
+
+class TenantSeries:
+    """What is counted of one model for one tenant."""
+
+    __slots__ = ("cached", "completion", "outcomes", "prompt")
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, int] = {}
+        self.prompt = 0
+        self.completion = 0
+        self.cached = 0
+
+
+class Metrics:
+    """All series of one replica."""
+
+    def __init__(self, max_label_values: int) -> None:
+        self._max = max_label_values
+        self._tenants: set[str] = set()
+        self._models: dict[str, ModelSeries] = {}
+        self._series: dict[tuple[str, str], TenantSeries] = {}
+        self._upstream_errors: dict[tuple[str, str], int] = {}
+        self._endpoints: dict[str, tuple[bool, int]] = {}
+        self.overhead = {stage: Histogram(OVERHEAD_SECONDS) for stage in ("auth", "policy", "connect")}
+        self.client_retries = 0
+        self.reloads = {"ok": 0, "refused": 0}
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    def model(self, name: str) -> ModelSeries:
+        """Return a model's series; ``name`` comes from the catalogue, or is empty where none was named."""
+        series = self._models.get(name)
+        if series is None:
+            if len(self._models) >= self._max:
+                name = OTHER
+            series = self._models.setdefault(name, ModelSeries())
+        return series
+
+    def tenant(self, model: str, tenant: str) -> TenantSeries:
+        """Return what is counted for a tenant on a model."""
+        series = self._series.get((model, tenant))
+        if series is None:
+            if model not in self._models and len(self._models) >= self._max:
+                model = OTHER
+            if tenant not in self._tenants:
+                if len(self._tenants) >= self._max:
+                    tenant = OTHER
+                self._tenants.add(tenant)
+            series = self._series.setdefault((model, tenant), TenantSeries())
+        return series
+
+    def upstream_failed(self, endpoint: str, reason: str) -> None:
+        """Count a failed attempt; both come from closed sets (configuration, ``Cause``)."""
+        key = (endpoint, reason)
+        self._upstream_errors[key] = self._upstream_errors.get(key, 0) + 1
+
+    def endpoint_state(self, endpoint: str, healthy: bool, in_flight: int) -> None:
+        """Note an endpoint's health and load."""
+        self._endpoints[endpoint] = (healthy, in_flight)
+
+    def endpoint_gone(self, endpoint: str) -> None:
+        """Forget an endpoint that is no longer configured."""
+        self._endpoints.pop(endpoint, None)
+
+    def reloaded(self, ok: bool) -> None:
+        """Count a configuration reload."""
+        self.reloads["ok" if ok else "refused"] += 1
+
+    def render(self) -> bytes:
+        """Return the exposition text. Slow by nature: call it in a thread."""
+        return generate_latest(self.registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Hand the numbers to prometheus_client."""
+        yield from self._collect_requests()
+        yield from self._collect_models()
+        yield from self._collect_upstreams()
+        overhead = HistogramMetricFamily("forebay_overhead_seconds", "Time the gateway itself took", labels=["stage"])
+        for stage, histogram in self.overhead.items():
+            overhead.add_metric([stage], histogram.buckets(), histogram.total)
+        yield overhead
+        retries = CounterMetricFamily("forebay_client_retries", "Requests an SDK marked as a retry of its own")
+        retries.add_metric([], self.client_retries)
+        yield retries
+        reloads = CounterMetricFamily("forebay_config_reloads", "Configuration reloads", labels=["result"])
+        for result, count in self.reloads.items():
+            reloads.add_metric([result], count)
+        yield reloads
+
+    def _collect_requests(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "forebay_requests", "Requests by how they ended", labels=["model", "tenant", "outcome"]
+        )
+        tokens = CounterMetricFamily("forebay_tokens", "Tokens by kind", labels=["model", "tenant", "kind"])
+        for (model, tenant), series in list(self._series.items()):
+            for outcome, count in list(series.outcomes.items()):
+                requests.add_metric([model, tenant, outcome], count)
+            for kind, value in (("in", series.prompt), ("out", series.completion), ("cached", series.cached)):
+                tokens.add_metric([model, tenant, kind], value)
+        yield requests
+        yield tokens
+
+    def _collect_models(self) -> Iterator[Metric]:
+        ttft = HistogramMetricFamily("forebay_ttft_seconds", "Time to the first event or byte", labels=["model"])
+        gap = HistogramMetricFamily("forebay_inter_token_seconds", "Time between events of a stream", labels=["model"])
+        duration = HistogramMetricFamily("forebay_request_seconds", "Time of whole requests", labels=["model"])
+        in_flight = GaugeMetricFamily("forebay_in_flight", "Requests being served", labels=["model"])
+        for model, series in list(self._models.items()):
+            ttft.add_metric([model], series.ttft.buckets(), series.ttft.total)
+            gap.add_metric([model], series.inter_token.buckets(), series.inter_token.total)
+            duration.add_metric([model], series.duration.buckets(), series.duration.total)
+            in_flight.add_metric([model], series.in_flight)
+        yield from (ttft, gap, duration, in_flight)
+
+    def _collect_upstreams(self) -> Iterator[Metric]:
+        errors = CounterMetricFamily(
+            "forebay_upstream_errors", "Attempts an engine did not answer well", labels=["endpoint", "reason"]
+        )
+        for (endpoint, reason), count in list(self._upstream_errors.items()):
+            errors.add_metric([endpoint, reason], count)
+        up = GaugeMetricFamily("forebay_endpoint_up", "Whether an endpoint is healthy", labels=["endpoint"])
+        load = GaugeMetricFamily("forebay_endpoint_in_flight", "Requests at an endpoint", labels=["endpoint"])
+        for endpoint, (healthy, in_flight) in list(self._endpoints.items()):
+            up.add_metric([endpoint], float(healthy))
+            load.add_metric([endpoint], in_flight)
+        yield from (errors, up, load)

@@ -1,0 +1,143 @@
+"""The endpoints: which there are, which can be given work, and what each serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from adapters.catalogue import Catalogue, Model
+from engines.protocol import Engine
+from gateway.policy.routing import least_loaded
+from gateway.serving.upstream import Address, Connections
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSpec:
+    """What the configuration says of an endpoint.
+
+    ``models`` maps public names to the engine's own; None: the engine is asked. ``api_key`` is the engine's own key.
+    """
+
+    name: str
+    url: str
+    engine: Engine
+    address: Address
+    api_key: str | None = None
+    models: tuple[tuple[str, str], ...] | None = None
+    max_connections: int = 1024
+
+
+class Endpoint:
+    """One engine process and what is known of it."""
+
+    def __init__(self, spec: EndpointSpec) -> None:
+        self.spec = spec
+        self.name = spec.name
+        self.engine = spec.engine
+        self.connections = Connections(spec.address, spec.max_connections)
+        self.in_flight = 0
+        # Named models are believed until a connection fails; an engine that must be asked has served nothing yet.
+        self.healthy = spec.models is not None
+        self.seen = False
+        """Whether it ever answered."""
+        self.trouble = "" if self.healthy else "not asked yet"
+        self.models: dict[str, msgspec.Raw] = {}
+        self.on_trouble: Callable[[], None] | None = None
+        """Called when a request finds that it cannot be reached."""
+        self._heads: dict[str, bytes] = {}
+        self.name_models(spec.models or ())
+
+    @property
+    def available(self) -> bool:
+        """Whether it can be given a request now."""
+        return self.healthy and not self.connections.full
+
+    def name_models(self, models: Iterable[tuple[str, str]]) -> None:
+        """Set what it serves: public name, engine's own name."""
+        self.models = {public: msgspec.Raw(msgspec.json.encode(own)) for public, own in models}
+
+    def request_head(self, path: str) -> bytes:
+        """Return the request line and the headers that are the same for every request to this endpoint."""
+        head = self._heads.get(path)
+        if head is None:
+            lines = [b"POST " + self.engine.paths[path].encode("ascii") + b" HTTP/1.1"]
+            lines.append(b"host: " + self.spec.address.authority)
+            lines.append(b"content-type: application/json")
+            lines.append(b"accept: application/json, text/event-stream")
+            if self.spec.api_key is not None:
+                lines.append(b"authorization: Bearer " + self.spec.api_key.encode("ascii"))
+            head = self._heads[path] = b"\r\n".join(lines) + b"\r\nx-request-id: "
+        return head
+
+    def up(self) -> None:
+        """Note that it answered."""
+        self.healthy = True
+        self.seen = True
+        self.trouble = ""
+
+    def down(self, trouble: str) -> None:
+        """Note that it cannot be reached; ``trouble`` is for people."""
+        was_healthy, self.healthy, self.trouble = self.healthy, False, trouble
+        if was_healthy and self.on_trouble is not None:
+            self.on_trouble()
+
+
+class Pool:
+    """All endpoints, and by model those that serve it."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+        self.endpoints: list[Endpoint] = []
+        self._by_model: dict[str, tuple[Endpoint, ...]] = {}
+        self._able: dict[tuple[str, str], tuple[Endpoint, ...]] = {}
+        self._turn = 0
+
+    def configure(self, specs: Iterable[EndpointSpec], created: int) -> tuple[list[Endpoint], list[Endpoint]]:
+        """Take a new list of endpoints; those that stay keep their connections and load. Returns (new, gone)."""
+        specs = list(specs)
+        kept = {endpoint.spec: endpoint for endpoint in self.endpoints}
+        before = set(self.endpoints)
+        self.endpoints = [kept.get(spec) or Endpoint(spec) for spec in specs]
+        after = set(self.endpoints)
+        for endpoint in after - before:
+            self.catalogue.learn(Model(public, created) for public in endpoint.models)
+        self.index()
+        return [e for e in self.endpoints if e not in before], list(before - after)
+
+    def index(self) -> None:
+        """Rebuild the table of who serves what, after endpoints or their models changed."""
+        table: dict[str, list[Endpoint]] = {}
+        for endpoint in self.endpoints:
+            for public in endpoint.models:
+                table.setdefault(public, []).append(endpoint)
+        self._by_model = {public: tuple(endpoints) for public, endpoints in table.items()}
+        self._able = {}
+
+    def serving(self, model: str) -> tuple[Endpoint, ...]:
+        """Return every endpoint that serves a public model, healthy or not."""
+        return self._by_model.get(model, ())
+
+    def choose(self, model: str, path: str, tried: Collection[Endpoint]) -> Endpoint | None:
+        """Return the endpoint for the next attempt, None when none of those left can be given work."""
+        self._turn += 1
+        return least_loaded(self.able(model, path), tried, self._turn)
+
+    def able(self, model: str, path: str) -> tuple[Endpoint, ...]:
+        """Return every endpoint that serves a model on a path, healthy or not."""
+        able = self._able.get((model, path))
+        if able is None:
+            able = tuple(e for e in self._by_model.get(model, ()) if path in e.engine.paths)
+            self._able[model, path] = able
+        return able
+
+    @property
+    def ready(self) -> bool:
+        """Whether any endpoint can be given work."""
+        return any(endpoint.healthy for endpoint in self.endpoints)
+
+    def close(self) -> None:
+        """Close every connection to every engine."""
+        for endpoint in self.endpoints:
+            endpoint.connections.close()

@@ -1,0 +1,568 @@
+"""One request between its client and an engine: a state machine whose every input is a method and whose ports are
+given to it. It does no I/O, reads no clock but the one handed in, and never waits.
+
+Rule 1: until the first event has reached the client, another engine may still be asked.
+Rule 2: a stream that fails after that ends with an error event, never silently.
+Rule 3: whoever leaves first, the other side is told at once, and the ticket is settled exactly once.
+
+    WAITING ──first event──▶ STREAMING ──end mark──▶ DONE
+       │  └──heartbeat──▶ WAITING (status sent)         ▲
+       ├──whole answer───────────────────────────────────┤
+       └──failure──▶ another attempt, or an error ───────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from engines.protocol import Dispatch, EngineError, Fault, Fields
+from gateway.errors import Kind, Refusal
+from gateway.metrics import Metrics
+from gateway.policy.retry import Cause, Next, decide
+from gateway.serving.answer import AnswerError, read_answer
+from gateway.serving.deadlines import NEVER, Deadlines
+from gateway.serving.dialect import Route
+from gateway.serving.meter import Meter, Usage
+from gateway.serving.pool import Endpoint, Pool
+from gateway.serving.redact import redact
+from gateway.serving.ticket import Outcome, Ticket
+from gateway.serving.upstream import Connection, Loss
+
+Header = tuple[bytes, bytes]
+
+HEARTBEAT = b": keep-alive\n\n"
+MAX_ERROR_BODY = 1 << 20
+"""Bytes of an engine's error answer that are read."""
+
+WAITING, STREAMING, DONE = range(3)
+
+SSE_HEADERS: list[Header] = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Client(Protocol):
+    """Who asked, through whichever face."""
+
+    def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+        """Send a whole answer."""
+        ...
+
+    def start_stream(self, headers: list[Header], data: bytes) -> None:
+        """Send status 200 and the first bytes of a stream."""
+        ...
+
+    def send(self, data: bytes) -> None:
+        """Send more of a stream."""
+        ...
+
+    def end_stream(self, data: bytes, *, close: bool) -> None:
+        """Send the last bytes of a stream; ``close`` says that the connection must not be used again."""
+        ...
+
+    def abort(self) -> None:
+        """Cut the connection: the client takes nothing any more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RelayLimits:
+    """Seconds, bytes and counts a relay keeps to; the names are those of the configuration."""
+
+    connect: float = 5.0
+    first_byte: float = 600.0
+    idle: float = 120.0
+    total: float = 3600.0
+    write: float = 60.0
+    heartbeat_after: float = 15.0
+    retries: int = 2
+    response: int = 64 * 1024 * 1024
+    event: int = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a client asked for, checked and resolved.
+
+    ``fields`` are the body's top-level fields; ``hide_usage`` tells that usage is asked for the gateway's sake only.
+    """
+
+    route: Route
+    model: str
+    fields: Fields
+    stream: bool
+    ask_usage: bool
+    hide_usage: bool
+    cache_salt: str | None = None
+
+
+class Relay:
+    """Carries one order to an engine and its answer back."""
+
+    __slots__ = (
+        "_answer",
+        "_answer_bytes",
+        "_client",
+        "_committed",
+        "_connected",
+        "_connection",
+        "_deadlines",
+        "_endpoint",
+        "_last",
+        "_limits",
+        "_meter",
+        "_metrics",
+        "_on_done",
+        "_order",
+        "_paused",
+        "_paused_at",
+        "_pool",
+        "_replayed",
+        "_sse",
+        "_state",
+        "_status",
+        "_ticket",
+        "_total_at",
+        "_tried",
+        "_wrote",
+        "deadline",
+    )
+
+    def __init__(
+        self,
+        order: Order,
+        ticket: Ticket,
+        client: Client,
+        pool: Pool,
+        deadlines: Deadlines,
+        limits: RelayLimits,
+        metrics: Metrics,
+        on_done: Callable[[Relay], None],
+    ) -> None:
+        self._order = order
+        self._ticket = ticket
+        self._client = client
+        self._pool = pool
+        self._deadlines = deadlines
+        self._limits = limits
+        self._metrics = metrics
+        self._on_done = on_done
+        self._state = WAITING
+        self._committed = False
+        self._endpoint: Endpoint | None = None
+        self._connection: Connection | None = None
+        self._meter: Meter | None = None
+        self._tried: list[Endpoint] = []
+        self._replayed = False
+        self._status = 0
+        self._sse = False
+        self._answer: list[bytes] = []
+        self._answer_bytes = 0
+        self._connected = False
+        self._paused = False
+        self._paused_at = 0.0
+        self._last = 0.0
+        self._wrote = 0.0
+        self._total_at = 0.0
+        self.deadline = NEVER
+
+    @property
+    def done(self) -> bool:
+        """Whether the client has its answer, or is gone."""
+        return self._state == DONE
+
+    # --- attempts -------------------------------------------------------------------------------------------------
+
+    def start(self, now: float) -> None:
+        """Send the order to an engine."""
+        self._wrote = now
+        self._total_at = self._ticket.started + self._limits.total
+        self._deadlines.watch(self)
+        self._attempt(now, None)
+
+    def _attempt(self, now: float, failure: Refusal | None) -> None:
+        """Try the next endpoint; ``failure`` is what the last one brought and what the client gets if none is left."""
+        order = self._order
+        endpoint = self._pool.choose(order.model, order.route.path, self._tried)
+        if endpoint is None:
+            self._fail(failure or self._no_engine(), now)
+            return
+        self._tried.append(endpoint)
+        self._ticket.endpoint = endpoint.name
+        self._replayed = False
+        self._take(endpoint)
+        self._send(endpoint, now, fresh=False)
+
+    def _take(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        endpoint.in_flight += 1
+
+    def _give_back(self) -> None:
+        if self._endpoint is not None:
+            self._endpoint.in_flight -= 1
+            self._endpoint = None
+
+    def _send(self, endpoint: Endpoint, now: float, *, fresh: bool) -> None:
+        order, ticket = self._order, self._ticket
+        ticket.attempts += 1
+        dispatch = Dispatch(endpoint.models[order.model], order.ask_usage, order.cache_salt)
+        body = endpoint.engine.prepare(order.route.path, dict(order.fields), dispatch)
+        head = endpoint.request_head(order.route.path)
+        payload = b"%b%b\r\ncontent-length: %d\r\n\r\n%b" % (head, ticket.request_id.encode("ascii"), len(body), body)
+        self._meter = None
+        self._sse = False
+        self._answer = []
+        self._answer_bytes = 0
+        self._last = now
+        self._paused = False
+        self._connection = connection = endpoint.connections.send(payload, self, fresh=fresh)
+        self._connected = connection.reused
+        self._rearm()
+
+    def _no_engine(self) -> Refusal:
+        serving = self._pool.serving(self._order.model)
+        path = self._order.route.path
+        able = self._pool.able(self._order.model, path)
+        if serving and not able:
+            message = f"No engine that serves {self._order.model!r} offers {path}."
+            return Refusal(Kind.UNSUPPORTED, message, "model")
+        if any(endpoint.healthy for endpoint in able):
+            message = f"Every engine that serves {self._order.model!r} is at its connection limit. Try again shortly."
+            return Refusal(Kind.BUSY, message, retry_after=1.0)
+        message = f"No healthy engine serves {self._order.model!r} at the moment. Try again shortly."
+        return Refusal(Kind.NO_ENGINE, message, retry_after=1.0)
+
+    # --- what the engine does -------------------------------------------------------------------------------------
+
+    def on_connected(self) -> None:
+        """Note how long a new connection took."""
+        now = self._deadlines.clock()
+        self._metrics.overhead["connect"].observe(now - self._last)
+        self._connected = True
+        self._last = now
+        self._rearm()
+
+    def on_head(self, status: int, content_type: bytes) -> None:
+        """Note how the answer is to be read."""
+        self._status = status
+        self._sse = status == 200 and content_type.startswith(b"text/event-stream")
+        if self._sse:
+            order, endpoint = self._order, self._endpoint
+            assert endpoint is not None
+            self._meter = Meter(
+                order.route.dialect,
+                endpoint.engine,
+                order.model,
+                hide_usage=order.hide_usage,
+                max_event=self._limits.event,
+            )
+
+    def on_data(self, data: bytes) -> None:
+        """Take one read's worth of the answer."""
+        meter = self._meter
+        if meter is None:
+            self._collect(data)
+            return
+        before = meter.events
+        out = meter.feed(data)
+        if out:
+            now = self._last = self._deadlines.clock()
+            # The end mark is no event of its own: it must not count as a token.
+            if meter.events > before:
+                self._ticket.mark(now, meter.events - before)
+            if meter.ended:
+                self._end(out, now)
+                return
+            self._forward(out, now)
+        elif meter.partial:
+            self._last = self._deadlines.clock()
+        if meter.failure is not None:
+            self._engine_error(meter.failure)
+        elif meter.overflow:
+            message = f"The engine sent an event of more than {self._limits.event} bytes."
+            self._broken(Refusal(Kind.ENGINE_FAILED, message))
+        elif meter.ended:
+            self._end(b"", self._deadlines.clock())
+
+    def _forward(self, out: bytes, now: float) -> None:
+        self._wrote = now
+        if self._committed:
+            self._state = STREAMING
+            self._client.send(out)
+        else:
+            self._committed = True
+            self._state = STREAMING
+            self._client.start_stream(self._headers(now), out)
+
+    def _collect(self, data: bytes) -> None:
+        self._last = self._deadlines.clock()
+        self._answer.append(data)
+        self._answer_bytes += len(data)
+        bound = self._limits.response if self._status == 200 else MAX_ERROR_BODY
+        if self._answer_bytes > bound:
+            self._broken(Refusal(Kind.ENGINE_FAILED, f"The engine's answer is longer than {bound} bytes."))
+
+    def on_complete(self) -> None:
+        """Take the end of the engine's answer."""
+        self._connection = None
+        if self._meter is not None:
+            self._broken(Refusal(Kind.ENGINE_FAILED, "The engine ended its stream without the end mark."))
+            return
+        body = b"".join(self._answer)
+        endpoint = self._endpoint
+        assert endpoint is not None
+        if self._status != 200:
+            self._engine_error(endpoint.engine.read_error(self._status, body))
+            return
+        answer = read_answer(body, endpoint.engine, self._order.model)
+        if isinstance(answer, EngineError):
+            self._engine_error(answer)
+        elif isinstance(answer, AnswerError):
+            self._broken(Refusal(Kind.ENGINE_FAILED, answer.message))
+        else:
+            self._whole(answer.body, answer.usage)
+
+    def _whole(self, body: bytes, usage: Usage | None) -> None:
+        now = self._deadlines.clock()
+        ticket = self._ticket
+        ticket.usage = usage
+        ticket.mark(now, 1)
+        headers = self._headers(now, stream=False)
+        self._finish(Outcome.OK, 200, now)
+        self._client.respond(200, headers, body)
+
+    def on_lost(self, loss: Loss, detail: str) -> None:
+        """Take that the connection ended before the answer did."""
+        self._connection = None
+        endpoint = self._endpoint
+        assert endpoint is not None
+        if loss is Loss.CONNECT:
+            endpoint.down(detail)
+            refusal = Refusal(Kind.NO_ENGINE, "The engine cannot be reached. Try again shortly.", retry_after=1.0)
+            self._retry(Cause.CONNECT, refusal)
+        elif loss is Loss.STALE:
+            self._retry(Cause.STALE, Refusal(Kind.ENGINE_FAILED, "The engine closed the connection."))
+        elif loss is Loss.GARBAGE:
+            self._broken(Refusal(Kind.ENGINE_FAILED, "The engine's answer is not valid HTTP."))
+        else:
+            self._broken(Refusal(Kind.ENGINE_FAILED, "The engine closed the connection before its answer was whole."))
+
+    # --- failures -------------------------------------------------------------------------------------------------
+
+    def _engine_error(self, error: EngineError) -> None:
+        cause, refusal = translate(error, self._order.model, self._order.route.path)
+        self._retry(cause, refusal)
+
+    def _broken(self, refusal: Refusal) -> None:
+        self._retry(Cause.BROKEN, refusal)
+
+    def _retry(self, cause: Cause, refusal: Refusal) -> None:
+        """Decide what follows a failed attempt, and do it."""
+        now = self._deadlines.clock()
+        endpoint = self._endpoint
+        assert endpoint is not None
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+        if cause not in (Cause.REQUEST, Cause.STALE):
+            self._metrics.upstream_failed(endpoint.name, cause.value)
+        then = Next.GIVE_UP
+        if self._state == WAITING:
+            then = decide(cause, len(self._tried), self._limits.retries, replayed=self._replayed)
+        if then is Next.SAME:
+            self._replayed = True
+            self._send(endpoint, now, fresh=True)
+            return
+        self._give_back()
+        if then is Next.ELSEWHERE:
+            self._attempt(now, refusal)
+        else:
+            self._fail(refusal, now)
+
+    def _fail(self, refusal: Refusal, now: float) -> None:
+        """Tell the client, in whatever way is left."""
+        outcome = OUTCOMES.get(refusal.kind, Outcome.REFUSED)
+        dialect = self._order.route.dialect
+        status = dialect.status(refusal)
+        ticket = self._ticket
+        ticket.error = refusal.message
+        headers = self._headers(now, stream=False)
+        committed, events = self._committed, ticket.events
+        self._finish(outcome, 200 if committed else status, now)
+        if committed:
+            self._client.end_stream(dialect.error_event(refusal, ticket.request_id, events), close=True)
+        else:
+            body = dialect.error_body(refusal, ticket.request_id)
+            self._client.respond(status, headers + refusal.extra_headers(), body)
+
+    # --- ends -----------------------------------------------------------------------------------------------------
+
+    def _end(self, out: bytes, now: float) -> None:
+        """End a stream that said its end mark."""
+        headers = None if self._committed else self._headers(now)
+        self._committed = True
+        self._finish(Outcome.OK, 200, now)
+        if headers is not None:
+            self._client.start_stream(headers, out)
+            out = b""
+        self._client.end_stream(out, close=False)
+
+    def _finish(self, outcome: Outcome, status: int, now: float) -> None:
+        """Give everything back. After this the relay hears and says nothing more."""
+        self._state = DONE
+        self.deadline = NEVER
+        self._deadlines.forget(self)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            if outcome is Outcome.OK:
+                connection.release()
+            else:
+                connection.abort()
+        self._give_back()
+        if self._meter is not None and self._meter.usage is not None:
+            self._ticket.usage = self._meter.usage
+        self._ticket.settle(outcome, status, now)
+        self._on_done(self)
+
+    def client_gone(self) -> None:
+        """Take that the client left: the engine's connection is closed at once, which stops its work."""
+        if self._state != DONE:
+            self._finish(Outcome.CLIENT_GONE, 499, self._deadlines.clock())
+
+    def shut_down(self) -> None:
+        """End now: the drain time is over."""
+        message = "The gateway is shutting down. Send the request again."
+        self.give_up(Refusal(Kind.SHUTDOWN, message, retry_after=1.0))
+
+    def give_up(self, refusal: Refusal) -> None:
+        """End with an error, whatever the engine may still say."""
+        if self._state == DONE:
+            return
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+        self._fail(refusal, self._deadlines.clock())
+
+    # --- pace -----------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """The client takes bytes slower than they come: stop reading from the engine."""
+        if self._state != DONE and self._connection is not None:
+            self._paused = True
+            self._paused_at = self._deadlines.clock()
+            self._connection.pause()
+            self._rearm()
+
+    def resume(self) -> None:
+        """The client has caught up."""
+        if self._state != DONE and self._connection is not None and self._paused:
+            self._paused = False
+            self._last = self._deadlines.clock()
+            self._connection.resume()
+            self._rearm()
+
+    def on_deadline(self, now: float) -> None:
+        """Act on the first time-out that is due, or wait for the next."""
+        limits = self._limits
+        if now >= self._total_at:
+            message = f"The request took longer than {limits.total:g} s."
+            self.give_up(Refusal(Kind.ENGINE_SLOW, message))
+        elif self._paused:
+            if now - self._paused_at >= limits.write:
+                self._client.abort()
+                self.client_gone()
+        elif not self._connected:
+            if now - self._last >= limits.connect:
+                self._connect_timed_out()
+        elif now - self._last >= self._patience():
+            self._timed_out()
+        elif self._heartbeat_due(now):
+            self._heartbeat(now)
+        if self._state != DONE:
+            self._rearm()
+
+    def _patience(self) -> float:
+        """Seconds the engine may be silent now."""
+        return self._limits.idle if self._state == STREAMING or self._answer else self._limits.first_byte
+
+    def _connect_timed_out(self) -> None:
+        endpoint = self._endpoint
+        assert endpoint is not None
+        endpoint.down(f"no connection within {self._limits.connect:g} s")
+        refusal = Refusal(Kind.NO_ENGINE, "The engine cannot be reached. Try again shortly.", retry_after=1.0)
+        self._retry(Cause.CONNECT, refusal)
+
+    def _timed_out(self) -> None:
+        what = "went silent" if self._state == STREAMING or self._answer else "did not begin its answer"
+        message = f"The engine {what} for {self._patience():g} s."
+        self._retry(Cause.SLOW, Refusal(Kind.ENGINE_SLOW, message))
+
+    def _heartbeat_due(self, now: float) -> bool:
+        after = self._limits.heartbeat_after
+        return bool(after) and self._order.stream and now - self._wrote >= after
+
+    def _heartbeat(self, now: float) -> None:
+        self._wrote = now
+        if self._committed:
+            self._client.send(HEARTBEAT)
+        else:
+            # From here on a failure can only be told as an event, but another engine may still be asked.
+            self._committed = True
+            self._client.start_stream(self._headers(now), HEARTBEAT)
+
+    def _rearm(self) -> None:
+        """Set when to look again: the earliest of what could be due if nothing else happens."""
+        if self._state == DONE:
+            return
+        if self._paused:
+            due = self._paused_at + self._limits.write
+        elif not self._connected:
+            due = self._last + self._limits.connect
+        else:
+            due = self._last + self._patience()
+            if self._order.stream and self._limits.heartbeat_after:
+                due = min(due, self._wrote + self._limits.heartbeat_after)
+        self.deadline = min(due, self._total_at)
+
+    def _headers(self, now: float, *, stream: bool = True) -> list[Header]:
+        ticket = self._ticket
+        milliseconds = int((now - ticket.started) * 1000)
+        common = [
+            (b"x-request-id", ticket.request_id.encode("ascii")),
+            (b"openai-processing-ms", b"%d" % milliseconds),
+        ]
+        return SSE_HEADERS + common if stream else [(b"content-type", b"application/json"), *common]
+
+
+OUTCOMES = {
+    Kind.ENGINE_FAILED: Outcome.ENGINE_FAILED,
+    Kind.ENGINE_SLOW: Outcome.ENGINE_SLOW,
+    Kind.NO_ENGINE: Outcome.NO_ENGINE,
+    Kind.BUSY: Outcome.BUSY,
+    Kind.SHUTDOWN: Outcome.SHUTDOWN,
+    Kind.INTERNAL: Outcome.INTERNAL,
+}
+
+
+def translate(error: EngineError, model: str, path: str) -> tuple[Cause, Refusal]:
+    """Turn an engine's error into what it means for the attempt and what the client is told."""
+    message = redact(error.message)
+    match error.fault:
+        case Fault.REQUEST:
+            return Cause.REQUEST, Refusal(Kind.INVALID, message, error.param, error.code)
+        case Fault.UNSUPPORTED:
+            return Cause.REQUEST, Refusal(Kind.UNSUPPORTED, f"The engine that serves {model!r} does not offer {path}.")
+        case Fault.OVERLOADED:
+            return Cause.OVERLOADED, Refusal(Kind.BUSY, message, retry_after=1.0)
+        case Fault.UNKNOWN_MODEL:
+            lost = f"The engine no longer serves {model!r}. Try again shortly."
+            return Cause.UNKNOWN_MODEL, Refusal(Kind.NO_ENGINE, lost, retry_after=1.0)
+        case Fault.CREDENTIALS:
+            told = "The engine refused the gateway's own key; whoever runs the gateway must set the engine's api_key."
+            return Cause.CREDENTIALS, Refusal(Kind.ENGINE_FAILED, told)
+        case Fault.FAILED:
+            return Cause.BROKEN, Refusal(Kind.ENGINE_FAILED, message)

@@ -1,0 +1,187 @@
+"""What one request holds from the moment it is let in, and the one place where it is given back."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from gateway.metrics import Metrics
+from gateway.serving.meter import Usage
+
+
+class Outcome(enum.Enum):
+    """How a request ended; a metric label and a word in the log."""
+
+    OK = "ok"
+    REFUSED = "refused"
+    CLIENT_GONE = "client_gone"
+    ENGINE_FAILED = "engine_failed"
+    ENGINE_SLOW = "engine_slow"
+    NO_ENGINE = "no_engine"
+    BUSY = "busy"
+    SHUTDOWN = "shutdown"
+    INTERNAL = "internal_error"
+
+
+_EXPECTED = frozenset({Outcome.OK, Outcome.REFUSED, Outcome.CLIENT_GONE})
+
+
+class LogLine(msgspec.Struct, omit_defaults=True):
+    """One request, one line. Times in milliseconds; never a prompt, never a key."""
+
+    time: str
+    level: str
+    event: str
+    request_id: str
+    path: str
+    outcome: str
+    status: int
+    duration_ms: float
+    model: str = ""
+    tenant: str = ""
+    key: str = ""
+    client: str = ""
+    client_request_id: str = ""
+    endpoint: str = ""
+    stream: bool = False
+    attempts: int = 0
+    ttft_ms: float | None = None
+    events: int = 0
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    tokens_cached: int | None = None
+    bytes_in: int = 0
+    sdk_retry: int = 0
+    error: str = ""
+
+
+class Ticket:
+    """One request's identity, its clock marks and its account. Whoever opened it settles it, once, on every way out."""
+
+    __slots__ = (
+        "_metrics",
+        "_sink",
+        "attempts",
+        "bytes_in",
+        "client",
+        "client_request_id",
+        "endpoint",
+        "error",
+        "events",
+        "first_at",
+        "in_flight",
+        "key",
+        "last_at",
+        "model",
+        "path",
+        "request_id",
+        "sdk_retry",
+        "series",
+        "settled",
+        "started",
+        "stream",
+        "tenant",
+        "usage",
+    )
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        sink: Callable[[Ticket, Outcome, int, float], Any],
+        request_id: str,
+        path: str,
+        now: float,
+    ) -> None:
+        self._metrics = metrics
+        self._sink = sink
+        self.request_id = request_id
+        self.path = path
+        self.started = now
+        self.first_at = 0.0
+        self.last_at = 0.0
+        self.model = ""
+        self.tenant = ""
+        self.key = ""
+        self.client = ""
+        self.client_request_id = ""
+        self.endpoint = ""
+        self.error = ""
+        self.stream = False
+        self.attempts = 0
+        self.events = 0
+        self.bytes_in = 0
+        self.sdk_retry = 0
+        self.usage: Usage | None = None
+        self.series = metrics.model("")
+        self.in_flight = False
+        self.settled = False
+
+    def serve(self, model: str, stream: bool) -> None:
+        """Note which model serves it: from here on it counts as in flight."""
+        self.model = model
+        self.stream = stream
+        self.series = self._metrics.model(model)
+        self.series.in_flight += 1
+        self.in_flight = True
+
+    def mark(self, now: float, events: int) -> None:
+        """Note that ``events`` more reached the client."""
+        series = self.series
+        if self.first_at:
+            series.inter_token.observe((now - self.last_at) / events, events)
+        else:
+            self.first_at = now
+            series.ttft.observe(now - self.started)
+        self.last_at = now
+        self.events += events
+
+    def settle(self, outcome: Outcome, status: int, now: float) -> None:
+        """Give everything back and account for it. The second call does nothing and is a bug: it raises."""
+        if self.settled:
+            raise RuntimeError(f"{self.request_id} was settled twice")
+        self.settled = True
+        if self.in_flight:
+            self.series.in_flight -= 1
+            self.series.duration.observe(now - self.started)
+        counted = self._metrics.tenant(self.model, self.tenant)
+        outcomes = counted.outcomes
+        outcomes[outcome.value] = outcomes.get(outcome.value, 0) + 1
+        usage = self.usage
+        if usage is not None:
+            counted.prompt += usage.prompt or 0
+            counted.completion += usage.completion or 0
+            counted.cached += usage.cached or 0
+        self._sink(self, outcome, status, now)
+
+    def line(self, outcome: Outcome, status: int, now: float, time: str) -> LogLine:
+        """Return the log line of a settled request; ``time`` is the wall clock's."""
+        usage = self.usage or Usage()
+        return LogLine(
+            time=time,
+            level="info" if outcome in _EXPECTED else "warning",
+            event="request",
+            request_id=self.request_id,
+            path=self.path,
+            outcome=outcome.value,
+            status=status,
+            duration_ms=round((now - self.started) * 1000, 2),
+            model=self.model,
+            tenant=self.tenant,
+            key=self.key,
+            client=self.client,
+            client_request_id=self.client_request_id,
+            endpoint=self.endpoint,
+            stream=self.stream,
+            attempts=self.attempts,
+            ttft_ms=round((self.first_at - self.started) * 1000, 2) if self.first_at else None,
+            events=self.events,
+            tokens_in=usage.prompt,
+            tokens_out=usage.completion,
+            tokens_cached=usage.cached,
+            bytes_in=self.bytes_in,
+            sdk_retry=self.sdk_retry,
+            error=self.error,
+        )

@@ -1,0 +1,148 @@
+"""Looks at every endpoint from time to time: is it there, and what does it serve.
+
+A failed connection of a request makes the next look come sooner; a look that succeeds lets an endpoint back in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_fixed
+
+from adapters.catalogue import Model
+from gateway.log import Log
+from gateway.metrics import Metrics
+from gateway.serving.pool import Endpoint, Pool
+
+LOOK_TIMEOUT = 5.0
+"""Seconds an endpoint has to answer a look."""
+
+
+class Watcher:
+    """Keeps the pool's picture of its endpoints true. ``interval`` and ``down_interval`` are in seconds."""
+
+    def __init__(self, pool: Pool, metrics: Metrics, log: Log, interval: float, down_interval: float) -> None:
+        self._pool = pool
+        self._metrics = metrics
+        self._log = log
+        self.interval = interval
+        self.down_interval = down_interval
+        self._tasks: dict[Endpoint, asyncio.Task[None]] = {}
+        self._clients: dict[Endpoint, httpx.AsyncClient] = {}
+
+    async def watch(self, endpoints: Iterable[Endpoint]) -> None:
+        """Look at new endpoints once, all at the same time, and keep looking from then on."""
+        endpoints = list(endpoints)
+        for endpoint in endpoints:
+            self._clients[endpoint] = _client_for(endpoint)
+        await asyncio.gather(*(self.look(endpoint) for endpoint in endpoints))
+        for endpoint in endpoints:
+            self._tasks[endpoint] = asyncio.create_task(self._keep_looking(endpoint), name=f"watch {endpoint.name}")
+
+    async def forget(self, endpoints: Iterable[Endpoint]) -> None:
+        """Stop looking at endpoints that are gone."""
+        for endpoint in list(endpoints):
+            task = self._tasks.pop(endpoint, None)
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            client = self._clients.pop(endpoint, None)
+            if client is not None:
+                await client.aclose()
+            self._metrics.endpoint_gone(endpoint.name)
+
+    async def stop(self) -> None:
+        """Stop looking at all."""
+        await self.forget(list(self._clients))
+
+    async def _keep_looking(self, endpoint: Endpoint) -> None:
+        disturbed = asyncio.Event()
+        endpoint.on_trouble = disturbed.set
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(disturbed.wait(), self.interval if endpoint.healthy else self.down_interval)
+            if disturbed.is_set():
+                disturbed.clear()
+                await asyncio.sleep(min(self.down_interval, self.interval))
+            await self.look(endpoint)
+
+    async def look(self, endpoint: Endpoint) -> None:
+        """Ask an endpoint whether it can work and, unless the configuration says so, what it serves."""
+        was_healthy, was_seen = endpoint.healthy, endpoint.seen
+        try:
+            await self._ask(endpoint)
+        except (httpx.HTTPError, RetryError, ValueError, OSError) as error:
+            endpoint.down(_reason(error))
+        else:
+            endpoint.up()
+        self._metrics.endpoint_state(endpoint.name, endpoint.healthy, endpoint.in_flight)
+        if endpoint.healthy and not (was_healthy and was_seen):
+            self._log.say("info", "endpoint_up", endpoint=endpoint.name, models=sorted(endpoint.models))
+        elif was_healthy and not endpoint.healthy:
+            self._log.say("warning", "endpoint_down", endpoint=endpoint.name, reason=endpoint.trouble)
+
+    async def _ask(self, endpoint: Endpoint) -> None:
+        engine = endpoint.engine
+        await self._get(endpoint, engine.ready_path)
+        if endpoint.spec.models is not None:
+            return
+        models = _read_models((await self._get(endpoint, engine.models_path)).json())
+        names = {model.name for model in models}
+        if names != set(endpoint.models):
+            endpoint.name_models((name, name) for name in names)
+            self._pool.index()
+        self._pool.catalogue.learn(models)
+
+    async def _get(self, endpoint: Endpoint, path: str) -> httpx.Response:
+        # One kept connection may have been closed by the engine just now: that alone is no failure.
+        async for attempt in AsyncRetrying(
+            stop=stop_after_attempt(2), wait=wait_fixed(0), retry=retry_if_exception_type(httpx.RemoteProtocolError)
+        ):
+            with attempt:
+                response = await self._clients[endpoint].get(path)
+        response.raise_for_status()
+        return response
+
+
+def _client_for(endpoint: Endpoint) -> httpx.AsyncClient:
+    address = endpoint.spec.address
+    headers = {} if endpoint.spec.api_key is None else {"authorization": f"Bearer {endpoint.spec.api_key}"}
+    if address.unix is not None:
+        transport = httpx.AsyncHTTPTransport(uds=address.unix)
+        base = "http://localhost"
+    else:
+        transport = httpx.AsyncHTTPTransport(verify=address.tls or False)
+        base = endpoint.spec.url
+    return httpx.AsyncClient(base_url=base, transport=transport, headers=headers, timeout=LOOK_TIMEOUT, trust_env=False)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"{error.request.url.path} answered {error.response.status_code}"
+    if isinstance(error, httpx.TimeoutException):
+        return f"no answer within {LOOK_TIMEOUT:g} s"
+    return str(error) or type(error).__name__
+
+
+def _read_models(answer: Any) -> list[Model]:
+    """Read ``/v1/models``; ValueError when it is none."""
+    data = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(data, list):
+        raise ValueError("its list of models cannot be read")  # noqa: TRY004 - the caller knows one kind
+    models = []
+    for item in data:
+        if isinstance(item, dict) and isinstance(item.get("id"), str):
+            length = item.get("max_model_len")
+            created = item.get("created")
+            models.append(
+                Model(
+                    item["id"],
+                    created if isinstance(created, int) else 0,
+                    length if isinstance(length, int) else None,
+                )
+            )
+    return models
