@@ -62,6 +62,16 @@ class Vllm:
     }
     ready_path = "/health"
     models_path = "/v1/models"
+    loading_phases: tuple[Phase, ...] = (
+        Phase(re.compile(r"non-default args"), "reading the model's configuration"),
+        Phase(re.compile(r"Initializing a V1 LLM engine"), "starting the engine process"),
+        Phase(re.compile(r"\.safetensors:\s+\d+%"), "downloading weights"),
+        Phase(re.compile(r"Loading safetensors .*\| (?P<done>\d+)/(?P<total>\d+) "), "loading weights"),
+        Phase(re.compile(r"Starting to load model"), "loading weights"),
+        Phase(re.compile(r"KV cache size"), "warming up"),
+        Phase(re.compile(r"Capturing CUDA graphs.*\| (?P<done>\d+)/(?P<total>\d+) "), "capturing CUDA graphs"),
+        Phase(re.compile(r"Starting vLLM server"), "opening its port"),
+    )
 
     def prepare(self, path: str, fields: Fields, dispatch: Dispatch) -> bytes:
         """Name the model as the engine knows it, and ask for usage where the client did not."""
@@ -84,17 +94,6 @@ class Vllm:
             return None
         fields = wire.error_fields(value)
         return wire.read_error(wire.status_in(fields), payload)
-
-    loading_phases = (
-        Phase(re.compile(r"non-default args"), "reading the model's configuration"),
-        Phase(re.compile(r"Initializing a V1 LLM engine"), "starting the engine process"),
-        Phase(re.compile(r"\.safetensors:\s+\d+%"), "downloading weights"),
-        Phase(re.compile(r"Loading safetensors .*\| (?P<done>\d+)/(?P<total>\d+) "), "loading weights"),
-        Phase(re.compile(r"Starting to load model"), "loading weights"),
-        Phase(re.compile(r"KV cache size"), "warming up"),
-        Phase(re.compile(r"Capturing CUDA graphs.*\| (?P<done>\d+)/(?P<total>\d+) "), "capturing CUDA graphs"),
-        Phase(re.compile(r"Starting vLLM server"), "opening its port"),
-    )
 
     def command_line(self, spec: LaunchSpec, python: Path) -> list[str]:
         """Return the command for ``vllm serve``; what the person added comes last, so that it wins."""

@@ -1,0 +1,128 @@
+"""One real vLLM on the CPU for a whole test session, started the way ``forebay serve`` starts it.
+
+Its environment and model live in the data directory that ``FOREBAY_HOME`` names, else in ``.forebay/`` of this
+checkout, and are made there on first use. What takes long is told on standard error, past pytest's capture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from engines.devices import Device
+from engines.environments import EngineEnvironment, ensure_environment, recipe_for
+from engines.launch import LaunchSpec, process_environment
+from engines.minder import Address, Minder
+from engines.models import ModelFiles, prepare_model
+from engines.steps import Step
+from engines.vllm import Vllm
+from tests.support.sockets import free_port
+
+START_WITHIN = 600.0
+"""Seconds for the engine to be ready; a quiet machine needs 30, a busy one minutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RealEngine:
+    """A vLLM that answers. ``start_seconds`` is how long it took to be ready."""
+
+    base_url: str
+    model: str
+    port: int
+    pid: int
+    log_path: Path
+    start_seconds: float
+
+
+def data_directory() -> Path:
+    """Return where engines and models of the tests live."""
+    default = Path(__file__).resolve().parents[2] / ".forebay"
+    return Path(os.environ.get("FOREBAY_HOME") or default)
+
+
+def prepared() -> tuple[EngineEnvironment, ModelFiles]:
+    """Return vLLM's CPU environment and the packaged model, made first where they are missing."""
+    environment = ensure_environment(recipe_for("vllm", Device.CPU), data_directory(), _tell_step)
+    return environment, prepare_model("smollm2-135m-instruct", data_directory(), environment, _tell_step)
+
+
+def spec_for(model: ModelFiles, port: int, *extra_args: str) -> LaunchSpec:
+    """Return the launch of the packaged model on a loopback port."""
+    return LaunchSpec(
+        name="vllm",
+        kind="vllm",
+        device=Device.CPU,
+        model=model.path,
+        served_name=model.served_name,
+        address=Address(port=port),
+        extra_args=extra_args,
+    )
+
+
+@contextmanager
+def running_vllm(*extra_args: str) -> Iterator[RealEngine]:
+    """Run a vLLM until the block ends. Raises ``MinderError`` with its last words when it does not start."""
+    environment, model = prepared()
+    spec, engine = spec_for(model, free_port(), *extra_args), Vllm()
+    minder = Minder(
+        spec.name,
+        engine.command_line(spec, environment.python),
+        environment=process_environment(engine, spec),
+        address=spec.address,
+        log_path=data_directory() / "logs" / f"test-{spec.address.port}.log",
+        ready_path=engine.ready_path,
+        phases=engine.loading_phases,
+        on_phase=lambda text, done, total: _tell(f"vllm: {text}"),
+    )
+    with _event_loop() as loop:
+
+        async def start() -> float:
+            await minder.start()
+            return await minder.wait_ready(START_WITHIN)
+
+        try:
+            seconds = asyncio.run_coroutine_threadsafe(start(), loop).result()
+            assert minder.engine_pid is not None
+            yield RealEngine(
+                str(spec.address), spec.served_name, spec.address.port, minder.engine_pid, minder.log_path, seconds
+            )
+        finally:
+            asyncio.run_coroutine_threadsafe(minder.stop(), loop).result()
+    minder.log_path.unlink()
+
+
+@pytest.fixture(scope="session")
+def vllm_engine() -> Iterator[RealEngine]:
+    """The session's one real engine."""
+    with running_vllm() as engine:
+        yield engine
+
+
+@contextmanager
+def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """Run an event loop in a thread: the engine outlives the loop of any one test."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="minder of the session's engine")
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def _tell_step(step: Step) -> None:
+    _tell(f"{step.phase}: {step.text}")
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.__stderr__, flush=True)
