@@ -1,0 +1,169 @@
+"""A gateway started inside the test's event loop, in front of scripted engines, on either of its faces.
+
+Import the fixtures into a room's ``conftest.py``: ``face`` runs a test once on each face, ``start_gateway`` starts a
+gateway as the test wants it, ``gateway`` is one in front of the ``upstream`` fixture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import pytest
+from pydantic import SecretStr
+
+from gateway.app import Replica
+from gateway.settings import AdminListen, Discovery, KeySettings, Listen, Log, Settings, Shutdown, Upstream, load
+from tests.support.clock import ManualClock
+from tests.support.journal import PATIENCE
+from tests.support.recordings import load as load_recording
+from tests.support.script import Script, play
+from tests.support.sockets import free_port
+from tests.support.upstream import ScriptedUpstream, SeenRequest
+
+Face = Literal["protocol", "asgi"]
+
+KEY = "fb-alice-secret"
+MODEL = "public/model"
+"""The name clients know: with a slash, as many published names have."""
+ENGINE_MODEL = "smollm2"
+"""The name the recorded engines know it by."""
+
+
+class Gateway:
+    """A running replica and what a test asks of it. ``log_file`` is None where the test's settings name none."""
+
+    def __init__(self, replica: Replica, clock: ManualClock, face: Face, log_file: Path | None) -> None:
+        self.replica = replica
+        self.clock = clock
+        self.face = face
+        self.log_file = log_file
+
+    @property
+    def url(self) -> str:
+        """Where clients reach it."""
+        return f"http://127.0.0.1:{self.replica.port}"
+
+    @property
+    def admin_url(self) -> str:
+        """Where operators reach it."""
+        return f"http://127.0.0.1:{self.replica.admin_port}"
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass and act on everything that is due."""
+        self.clock.advance(seconds)
+        self.replica.deadlines.run_due()
+
+    def lines(self, event: str | None = None) -> list[dict[str, Any]]:
+        """Return the log, or only the lines of one event (``request``: one a request)."""
+        assert self.log_file is not None, "this gateway logs to standard error"
+        self.replica.log.flush()
+        lines = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+        return [line for line in lines if event in (None, line["event"])]
+
+    async def line(self, event: str = "request", index: int = 0) -> dict[str, Any]:
+        """Wait until the log has that many lines of an event and return the one asked for."""
+        await until(lambda: len(self.lines(event)) > index, f"no line {index} of {event!r}")
+        return self.lines(event)[index]
+
+    async def idle(self) -> None:
+        """Wait until no request is alive, and check that each gave back what it held."""
+        await until(lambda: not self.replica.edge.active, "a request is still alive")
+        assert [endpoint.in_flight for endpoint in self.replica.pool.endpoints] == [
+            0 for _ in self.replica.pool.endpoints
+        ]
+
+
+async def until(condition: Any, otherwise: str) -> None:
+    """Give way to the event loop until ``condition()`` holds. Raises ``AssertionError`` when it does not come true."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + PATIENCE
+    while not condition():
+        assert loop.time() < deadline, otherwise
+        await asyncio.sleep(0)
+
+
+def relayed(upstream: ScriptedUpstream) -> list[SeenRequest]:
+    """Return what an engine was asked by clients, without the gateway's own looks at it."""
+    return [request for request in upstream.requests if request.method == "POST"]
+
+
+def serving(upstream: ScriptedUpstream, *, models: dict[str, str] | None = None, **more: Any) -> Upstream:
+    """Return the configuration of a scripted engine that serves ``MODEL``, and have it answer that it is well."""
+    upstream.always(Script(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"), path="/health")
+    return Upstream(url=upstream.url, models=models or {MODEL: ENGINE_MODEL}, **more)
+
+
+def asking(upstream: ScriptedUpstream, recording: str = "get_models", **more: Any) -> Upstream:
+    """Return the configuration of a scripted engine that is asked for its models and answers as recorded."""
+    serving(upstream)
+    upstream.always(play(load_recording("vllm", recording)), path="/v1/models")
+    return Upstream(url=upstream.url, **more)
+
+
+def settings_for(face: Face, folder: Path, upstreams: Iterable[ScriptedUpstream | Upstream], **more: Any) -> Settings:
+    """Return settings for a test: free ports, one key, nothing that waits for real time; ``more`` replaces parts."""
+    given = [one if isinstance(one, Upstream) else serving(one) for one in upstreams]
+    parts: dict[str, Any] = {
+        "listen": Listen(port=free_port(), face=face),
+        "admin": AdminListen(port=free_port()),
+        "data_dir": folder,
+        "keys": (KeySettings(name="alice", key=SecretStr(KEY)),),
+        "upstreams": tuple(given),
+        "shutdown": Shutdown(announce=0, drain=PATIENCE),
+        "log": Log(file=folder / "log.jsonl"),
+        # An engine is looked at when the gateway starts, and again only when a request finds it gone.
+        "discovery": Discovery(interval=3600),
+    }
+    return Settings(**{**parts, **more})
+
+
+class StartGateway(Protocol):
+    """Starts a gateway that ends with the test."""
+
+    async def __call__(self, *upstreams: ScriptedUpstream | Upstream, **settings: Any) -> Gateway:
+        """Start in front of these engines; ``settings`` are sections of the configuration, or ``path``: a file."""
+        ...
+
+
+@asynccontextmanager
+async def running(settings: Settings, clock: ManualClock, path: Path | None = None) -> AsyncIterator[Gateway]:
+    """Run a gateway; at its end nothing may be left in flight."""
+    replica = Replica(settings, path, clock)
+    try:
+        await replica.start()
+        yield Gateway(replica, clock, settings.listen.face, settings.log.file)
+    finally:
+        await replica.close()
+        replica.log.close()
+    assert not replica.edge.active, "a request outlived the gateway"
+    assert not any(endpoint.in_flight for endpoint in replica.pool.endpoints), "a request gave its place never back"
+
+
+@pytest.fixture(params=["protocol", "asgi"])
+def face(request: pytest.FixtureRequest) -> Face:
+    """Each face in turn."""
+    chosen: Face = request.param
+    return chosen
+
+
+@pytest.fixture
+async def start_gateway(face: Face, tmp_path: Path, clock: ManualClock) -> AsyncIterator[StartGateway]:
+    """Start gateways on this face; all of them end with the test."""
+    async with AsyncExitStack() as stack:
+
+        async def start(*upstreams: ScriptedUpstream | Upstream, path: Path | None = None, **settings: Any) -> Gateway:
+            made = load(path) if path is not None else settings_for(face, tmp_path, upstreams, **settings)
+            return await stack.enter_async_context(running(made, clock, path))
+
+        yield start
+
+
+@pytest.fixture
+async def gateway(start_gateway: StartGateway, upstream: ScriptedUpstream) -> Gateway:
+    """A gateway in front of the test's scripted engine."""
+    return await start_gateway(upstream)
