@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from tests.support.client import RawClient
 from tests.support.clock import ManualClock
@@ -16,13 +17,28 @@ from tests.support.journal import Journal
 from tests.support.tls import server_context
 from tests.support.upstream import ScriptedUpstream
 
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+LOOPS: dict[str, LoopFactory] = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the client suites run against a server that is already there, an engine or a gateway."""
     group = parser.getgroup("forebay")
+    group.addoption(
+        "--loop",
+        choices=sorted(LOOPS),
+        default="uvloop",
+        help="event loop of asynchronous tests (%(default)s, as served)",
+    )
     group.addoption("--server-url", help="base URL without /v1, e.g. http://127.0.0.1:8000, for tests/clients")
     group.addoption("--server-model", default="smollm2-135m-instruct", help="model name at --server-url (%(default)s)")
     group.addoption("--server-key", default="", help="API key for --server-url; empty when it takes any")
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, LoopFactory]:
+    """Run asynchronous tests on the event loop that the gateway is served with, or on the other one."""
+    name = config.getoption("--loop")
+    return {name: LOOPS[name]}
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import stat
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ SETTLE_TURNS = 50
 
 
 def open_sockets() -> frozenset[tuple[int, int]]:
-    """Return (descriptor, inode) of every socket this process holds."""
+    """Return (descriptor, inode) of every socket this process holds, the event loop's own aside."""
     found = set()
     for entry in os.scandir("/dev/fd"):
         try:
@@ -21,9 +22,23 @@ def open_sockets() -> frozenset[tuple[int, int]]:
         except OSError:
             # The descriptor through which the directory was listed.
             continue
-        if stat.S_ISSOCK(status.st_mode):
+        if stat.S_ISSOCK(status.st_mode) and not _is_nameless_pair(int(entry.name)):
             found.add((int(entry.name), status.st_ino))
     return frozenset(found)
+
+
+def _is_nameless_pair(descriptor: int) -> bool:
+    """Say whether this is one end of a ``socketpair``: what event loops wake themselves with, uvloop a new one each
+    run."""
+    with socket.socket(fileno=os.dup(descriptor)) as sock:
+        return sock.family == socket.AF_UNIX and sock.getsockname() in ("", b"") and _peer_name(sock) in ("", b"")
+
+
+def _peer_name(sock: socket.socket) -> object:
+    try:
+        return sock.getpeername()
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from pathlib import Path
 
 import pytest
 
-from tests.support.holdings import Holdings
+from tests.support.holdings import Holdings, open_sockets
 
 
 async def test_nothing_added_passes_once_cancelled_tasks_are_through() -> None:
@@ -33,3 +34,24 @@ async def test_an_open_socket_is_named() -> None:
     with pytest.raises(AssertionError, match=rf"sockets \[\({forgotten.fileno()}, \d+\)\]"):
         await before.assert_nothing_added()
     forgotten.close()
+
+
+async def test_an_accepted_unix_connection_is_named(tmp_path: Path) -> None:
+    """Only nameless pairs, which event loops keep for themselves, are left out."""
+    before = Holdings.now()
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        client.connect(str(tmp_path / "socket"))
+        with listener.accept()[0] as accepted:
+            held = {descriptor for descriptor, _ in open_sockets() - before.sockets}
+            assert held == {listener.fileno(), client.fileno(), accepted.fileno()}
+    left, right = socket.socketpair()
+    assert open_sockets() == before.sockets
+    left.close()
+    right.close()
+
+
+async def test_the_event_loop_is_the_one_asked_for(request: pytest.FixtureRequest) -> None:
+    uses_uvloop = any(base.__module__.startswith("uvloop") for base in type(asyncio.get_running_loop()).__mro__)
+    assert uses_uvloop == (request.config.getoption("--loop") == "uvloop")

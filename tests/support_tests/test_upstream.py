@@ -16,6 +16,7 @@ from tests.support.script import (
     Answer,
     Do,
     Gate,
+    Script,
     endless_event,
     event_stream,
     garbage,
@@ -227,6 +228,8 @@ async def test_a_slow_reader_blocks_the_script(upstream: ScriptedUpstream, conne
     client.stop_reading()
     client.post(CHAT, {})
     await upstream.saw("blocked", request=0)
+    for _ in range(20):
+        await asyncio.sleep(0)
     assert upstream.journal.order("answered") == []
     client.read_on()
     assert len((await client.response()).body) > 4_000_000
@@ -321,6 +324,24 @@ async def test_waiting_for_what_does_not_happen_shows_what_did(monkeypatch: pyte
     journal.note("client", "sent", detail="12 bytes")
     with pytest.raises(AssertionError, match=r"'closed' .* did not happen; what did:\n +0 client: sent 12 bytes"):
         await journal.saw("closed", request=3)
+
+
+def test_places_of_a_chunked_answer() -> None:
+    script = event_stream([b"data: a longer event\n\n", DONE])
+    assert script.data[: script.after_head].endswith(b"\r\n\r\n")
+    assert script.data[script.after_head : script.inside_size_line(0)] == b"1"
+    assert script.data[script.inside_size_line(0) :].startswith(b"6\r\ndata: a longer event")
+    assert script.data[script.inside_frame(0) :].endswith(b"event\n\n\r\ne\r\n" + DONE + b"\r\n0\r\n\r\n")
+    assert script.data[script.after_frame(0) :].startswith(b"e\r\n" + DONE)
+    assert script.data[script.before_last_chunk :] == b"0\r\n\r\n"
+
+
+def test_steps_are_in_order_of_their_place_and_stop_at_the_first_ending() -> None:
+    """Actions at the same place keep the order in which they were added."""
+    gate = Gate()
+    script = Script(b"abcdef").do(Do.CLOSE, 4).do(gate, 2).do(Do.UNTIL_READ, 2).do(Do.READ_ON, 5)
+    assert script.steps() == [b"ab", gate, Do.UNTIL_READ, b"cd", Do.CLOSE]
+    assert Script(b"abcdef").cut([1, 3]).steps() == [b"a", Do.UNTIL_READ, b"bc", Do.UNTIL_READ, b"def"]
 
 
 def test_a_position_outside_the_answer_is_refused() -> None:
