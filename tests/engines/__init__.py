@@ -1,0 +1,1 @@
+"""Engines: how one is installed, started, minded and spoken to."""
