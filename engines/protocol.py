@@ -43,8 +43,7 @@ class EngineError:
     code: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(msgspec.Struct, frozen=True, gc=False):
     """What the gateway adds to a request for one engine.
 
     ``model`` is the engine's own name of the model as JSON, ``ask_usage`` tells whether usage must be asked of a

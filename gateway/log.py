@@ -11,12 +11,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
 FLUSH_BYTES = 256 * 1024
-"""Characters after which lines are written without waiting for the next turn."""
+"""Bytes after which lines are written without waiting for the next turn."""
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
@@ -35,8 +35,8 @@ class Log:
         self._level = LEVELS[level]
         self._wall = wall
         self._path = file
-        self._stream: TextIO = sys.stderr if file is None else file.open("a", encoding="utf-8", buffering=1)
-        self._lines: list[str] = []
+        self._stream: BinaryIO = sys.stderr.buffer if file is None else file.open("ab", buffering=0)
+        self._lines: list[bytes] = []
         self._held = 0
         self._encode = msgspec.json.Encoder().encode
         self._second = -1
@@ -55,7 +55,7 @@ class Log:
         """Take a line; ``line`` holds plain values."""
         if LEVELS[level] < self._level:
             return
-        text = self._encode(line).decode() if self._form == "json" else _for_console(msgspec.to_builtins(line))
+        text = self._encode(line) if self._form == "json" else _for_console(msgspec.to_builtins(line)).encode()
         self._lines.append(text)
         self._held += len(text)
         if self._held > FLUSH_BYTES:
@@ -75,7 +75,7 @@ class Log:
         """Write what was gathered. A full disk costs lines, never requests."""
         if not self._lines:
             return
-        text = "\n".join(self._lines) + "\n"
+        text = b"\n".join(self._lines) + b"\n"
         self._lines = []
         self._held = 0
         try:
@@ -89,7 +89,7 @@ class Log:
         if self._path is not None:
             self.flush()
             self._stream.close()
-            self._stream = self._path.open("a", encoding="utf-8", buffering=1)
+            self._stream = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
         """Write the rest and close the file."""

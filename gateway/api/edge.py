@@ -211,6 +211,8 @@ class Edge:
 
     def _release(self, request: Request) -> None:
         self.active.discard(request)
+        # Relay, client and request hold each other: let go here, and nothing waits for the garbage collector.
+        request.relay = None
         self._held -= request.reserved
         request.reserved = 0
 

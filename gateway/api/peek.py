@@ -13,7 +13,7 @@ import msgspec
 
 from engines.protocol import Fields
 from engines.registry import ENGINES
-from gateway.api.media import MediaRules, check_media
+from gateway.api.media import MediaRules, check_media, has_escapes
 from gateway.errors import Kind, Refusal
 from gateway.serving.dialect import Route
 from gateway.settings import Caps
@@ -128,7 +128,7 @@ def _refused(fields: dict[str, msgspec.Raw], route: Route) -> Refusal | None:
 
 def check_surrogates(body: bytes) -> Refusal | None:
     """Refuse half of a surrogate pair: engines fail on text that cannot be encoded."""
-    if b"\\u" not in body:
+    if not has_escapes(body):
         return None
     expected = -1
     for match in _SURROGATE.finditer(body):

@@ -21,6 +21,7 @@ RELAYED: dict[str, Route] = {
             streams=True,
             asks_usage=True,
             media_fields=("messages",),
+            media_in_lists=True,
             prompt_fields=("messages",),
         ),
         Route(

@@ -10,8 +10,7 @@ from engines.protocol import Engine, EngineError
 from gateway.serving.meter import Usage, UsageView
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """An answer fit for the client."""
 
     body: bytes

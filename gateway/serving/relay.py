@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from engines.protocol import Dispatch, EngineError, Fault, Fields
 from gateway.errors import Kind, Refusal
 from gateway.metrics import Metrics
@@ -84,8 +86,7 @@ class RelayLimits:
     event: int = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(msgspec.Struct, frozen=True, gc=False):
     """What a client asked for, checked and resolved.
 
     ``fields`` are the body's top-level fields; ``hide_usage`` tells that usage is asked for the gateway's sake only.

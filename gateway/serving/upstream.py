@@ -180,10 +180,11 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
         self.reused = False
         self._serial = 0
+        self._parser = httptools.HttpResponseParser(self)
         self._reset()
 
     def _reset(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
+        # The parser itself goes on: it begins a new answer by itself where the last one was whole.
         self._content_type = b""
         self._head_bytes = 0
         self._phase = _HEAD
