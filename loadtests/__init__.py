@@ -1,0 +1,1 @@
+"""Loads for the gateway: benches, scenarios and simulations. Nothing here is imported by the gateway."""
