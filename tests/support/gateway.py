@@ -18,7 +18,9 @@ from pydantic import SecretStr
 
 from gateway.app import Replica
 from gateway.settings import AdminListen, Discovery, KeySettings, Listen, Log, Settings, Shutdown, Upstream, load
+from tests.support.client import RawClient, Response, request_bytes
 from tests.support.clock import ManualClock
+from tests.support.http1 import Headers
 from tests.support.journal import PATIENCE
 from tests.support.recordings import load as load_recording
 from tests.support.script import Script, play
@@ -32,6 +34,20 @@ MODEL = "public/model"
 """The name clients know: with a slash, as many published names have."""
 ENGINE_MODEL = "smollm2"
 """The name the recorded engines know it by."""
+CHAT = "/v1/chat/completions"
+AUTH = (("authorization", f"Bearer {KEY}"),)
+JSON = (("content-type", "application/json"),)
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    """Return the body of a small chat request, with more fields or other ones."""
+    return {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], **fields}
+
+
+def post_bytes(body: Any, path: str = CHAT, headers: Headers = AUTH) -> bytes:
+    """Return a whole POST request as bytes; ``body`` is JSON-encoded unless it is bytes."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return request_bytes("POST", path, [*JSON, *headers], data)
 
 
 class Gateway:
@@ -52,6 +68,18 @@ class Gateway:
     def admin_url(self) -> str:
         """Where operators reach it."""
         return f"http://127.0.0.1:{self.replica.admin_port}"
+
+    async def ask(self, body: Any, path: str = CHAT, headers: Headers = AUTH) -> Response:
+        """POST on a connection of its own and return the whole answer; ``body`` is JSON-encoded unless it is bytes."""
+        async with await RawClient.connect(self.url) as client:
+            client.post(path, body, headers)
+            return await client.response()
+
+    async def get(self, path: str, headers: Headers = (), *, method: str = "GET", admin: bool = False) -> Response:
+        """Send a request without a body on a connection of its own and return the whole answer."""
+        async with await RawClient.connect(self.admin_url if admin else self.url) as client:
+            client.request(method, path, headers)
+            return await client.response()
 
     def advance(self, seconds: float) -> None:
         """Let time pass and act on everything that is due."""
