@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from gateway.settings import Caps, ConfigError, Settings, json_schema, load, parse_duration
+from gateway.settings import Caps, ConfigError, Settings, json_schema, load, parse_duration, warnings_about
 
 if TYPE_CHECKING:
     from gateway.state.keys import KeyStore
@@ -37,16 +37,29 @@ class ExplainingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; anything unexpected keeps its traceback."""
-        from gateway.state.database import StateError
-
         try:
             return super().invoke(ctx)
-        except ConfigError as error:
-            for problem in error.problems:
-                typer.echo(f"forebay: {problem}", err=True)
-        except (StateError, CommandError) as error:
-            typer.echo(f"forebay: {error}", err=True)
+        except Exception as error:
+            lines = _expected(error)
+            if lines is None:
+                raise
+        for line in lines:
+            typer.echo(f"forebay: {line}", err=True)
         raise typer.Exit(1)
+
+
+def _expected(error: Exception) -> list[str] | None:
+    """What to say of a failure that rooms explain themselves; None for any other."""
+    from engines.minder import MinderError
+    from engines.steps import EngineSetupError
+    from gateway.local import StartError
+    from gateway.state.database import StateError
+
+    if isinstance(error, ConfigError):
+        return error.problems
+    if isinstance(error, CommandError | StartError | StateError | EngineSetupError | MinderError):
+        return [str(error)]
+    return None
 
 
 def _group(help_text: str) -> typer.Typer:
@@ -100,16 +113,6 @@ def config_check(
     for warning in warnings_about(settings):
         typer.echo(f"forebay: {warning}", err=True)
     typer.echo(f"{file}: fine")
-
-
-def warnings_about(settings: Settings) -> list[str]:
-    """What is allowed but should be said loudly."""
-    if settings.auth == "none" and not settings.listen.is_loopback:
-        return [
-            f"WARNING: auth is none and {settings.listen.host} is not loopback: everybody who reaches port"
-            f" {settings.listen.port} may use your engines. Write `auth: keys` unless that is what you want."
-        ]
-    return []
 
 
 @config_app.command("schema")
@@ -320,10 +323,10 @@ def _row(
     }
 
 
-# --- the rest ----------------------------------------------------------------------------------------------------
+# --- serve and engines -------------------------------------------------------------------------------------------
 
 
-class Device(StrEnum):
+class DeviceName(StrEnum):
     """What an engine computes on."""
 
     CPU = "cpu"
@@ -336,6 +339,106 @@ class Auth(StrEnum):
 
     KEYS = "keys"
     NONE = "none"
+
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="The packaged model, a Hugging Face model id or a directory.")
+]
+DeviceOption = Annotated[DeviceName | None, typer.Option("--device", help="What the engine computes on.")]
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option("--upstream", help="An engine that runs already, http://host:port; repeat. No engine is started."),
+    ] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on; 127.0.0.1 by default.")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Port to listen on; 8000 by default.")] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    auth: Annotated[Auth | None, typer.Option("--auth", help="`none` lets everybody in: for a laptop.")] = None,
+) -> None:
+    """Serve. Without any configuration: a small model on this machine's CPU, everything installed that it needs.
+
+    Examples:
+
+    - `forebay serve`
+    - `forebay serve --device cuda --model Qwen/Qwen3-8B`
+    - `forebay serve --upstream http://host:8000 --upstream http://host:8001`
+    - `forebay serve --config forebay.yaml`
+    """
+    from gateway.local import make_plan
+    from gateway.local import serve as serve_plan
+
+    listen = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    said: dict[str, object] = {"listen": listen} if listen else {}
+    if auth is not None:
+        said["auth"] = auth.value
+    if upstream:
+        said |= {"upstreams": [{"url": url} for url in upstream], "engines": []}
+    plan = make_plan(_configuration_file(config), said, model, device and device.value)
+    raise typer.Exit(serve_plan(plan))
+
+
+@engines_app.command("install")
+def engines_install(
+    kind: Annotated[str, typer.Argument(help="Which engine: vllm.")],
+    device: Annotated[DeviceName, typer.Option("--device", help="What it will compute on.")] = DeviceName.CPU,
+    config: ConfigOption = None,
+) -> None:
+    """Install an engine into an environment of its own. Does nothing when it is there already.
+
+    Example: `forebay engines install vllm --device cuda`
+    """
+    from engines.devices import Device
+    from engines.environments import ensure_environment, recipe_for
+    from gateway.greeting import Display
+
+    recipe = recipe_for(kind, Device(device.value))
+    with Display() as display:
+        environment = ensure_environment(recipe, load(_configuration_file(config)).data_dir, display.report)
+        display.done()
+    typer.echo(environment.directory)
+
+
+@engines_app.command("run")
+def engines_run(
+    kind: Annotated[str, typer.Argument(help="Which engine: vllm.")],
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Loopback port.")] = 8100,
+    config: ConfigOption = None,
+) -> None:
+    """Run an engine alone, on a loopback port without a key, until Ctrl-C.
+
+    Example: `forebay engines run vllm --model Qwen/Qwen3-8B --device cuda`
+    """
+    from gateway.local import run_engine
+
+    chosen = {"name": kind, "kind": kind, "model": model, "device": device and device.value, "port": port}
+    engine = {name: value for name, value in chosen.items() if value is not None}
+    settings = load(_configuration_file(config), {"engines": [engine]})
+    raise typer.Exit(run_engine(settings.engines[0], settings))
+
+
+@app.command()
+def doctor(config: ConfigOption = None) -> None:
+    """Say what is installed, what is missing and what to type. Changes nothing; exits with 1 when something is wrong.
+
+    Example: `forebay doctor`
+    """
+    from gateway.doctor import State, examine
+
+    wrong = False
+    for finding in examine(_configuration_file(config)):
+        wrong |= finding.state is State.BAD
+        typer.echo(f"{finding.state.value:>2}  {finding.subject}: {finding.detail}")
+        if finding.remedy:
+            typer.echo(f"      type: {finding.remedy}")
+    if wrong:
+        raise typer.Exit(1)
 
 
 @app.command()

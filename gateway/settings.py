@@ -635,6 +635,17 @@ def _key_problems(settings: Settings) -> Iterator[str]:
             yield from (f"upstreams[{index}]: {problem}" for problem in error.problems)
 
 
+def warnings_about(settings: Settings) -> list[str]:
+    """What is allowed, but should be said loudly."""
+    listen = settings.listen
+    if settings.auth == "none" and not listen.is_loopback:
+        return [
+            f"WARNING: auth is none and {listen.host} is no loopback address: everybody who can reach port"
+            f" {listen.port} may use your engines; write `auth: keys` unless you want that"
+        ]
+    return []
+
+
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
