@@ -7,14 +7,17 @@ Anthropic's SDK expects for the same situation.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import NamedTuple
+from enum import Enum, unique
 
 import msgspec
 
 
-class Row(NamedTuple):
-    """One row of the table: how a kind of refusal looks on the wire."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One row of the table: how a kind of refusal looks on the wire.
+
+    Two rows are never equal: kinds that look the same on the wire are counted apart, and ``Enum`` merges equal values.
+    """
 
     status: int
     type: str
@@ -28,6 +31,7 @@ class Row(NamedTuple):
 _INVALID = "invalid_request_error"
 
 
+@unique
 class Kind(Enum):
     """Every refusal and failure a client can meet."""
 
@@ -54,6 +58,13 @@ class Kind(Enum):
     ENGINE_SLOW = Row(504, "server_error", "engine_timeout", "api_error", 504)
     SHUTDOWN = Row(503, "service_unavailable_error", "server_shutting_down", "overloaded_error", 529)
     INTERNAL = Row(500, "server_error", "internal_error", "api_error", 500)
+
+
+EXPOSE = (
+    b"access-control-expose-headers",
+    b"x-request-id, openai-processing-ms, retry-after, retry-after-ms, x-should-retry",
+)
+"""What a browser's client may read of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
