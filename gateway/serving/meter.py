@@ -180,7 +180,10 @@ class Meter:
         """Pass events that are one ``data: {`` line each and hold neither usage nor error; None: look closer."""
         newlines = block.count(b"\n")
         count = newlines >> 1
-        if count > 1 and (newlines & 1 or block.count(b"\n\ndata: {") != count - 1):
+        if newlines != 2 and (newlines & 1 or block.count(b"\n\ndata: {") != count - 1):
+            return None
+        # LMDeploy spells its usage chunk otherwise than the chunks before it: what lacks the needle is looked at.
+        if self._needle and block.count(self._needle) != count:
             return None
         if b'"error"' in block:
             return None
@@ -243,7 +246,9 @@ class Meter:
         return payload
 
     def _look(self, payload: bytes, kind: bytes) -> _EventView | None:
-        wanted = self._needle is None or b'"usage"' in payload
+        needle = self._needle
+        respelt = needle not in (None, b"") and needle not in payload and b'"model"' in payload
+        wanted = needle is None or respelt or b'"usage"' in payload
         if self._dialect.typed_events and not wanted:
             wanted = not kind or kind.decode("ascii", "replace") in self._dialect.end_types
         if not wanted:
@@ -253,7 +258,7 @@ class Meter:
         except (msgspec.DecodeError, RecursionError):
             # Not what the dialect promises: the client gets what the engine said.
             return None
-        if self._needle is None:
+        if needle is None or respelt:
             self._learn_model(view, payload)
         return view
 

@@ -1,0 +1,7 @@
+"""What the tests of faults share."""
+
+from __future__ import annotations
+
+from tests.support.gateway import face, gateway, start_gateway
+
+__all__ = ["face", "gateway", "start_gateway"]
