@@ -171,7 +171,8 @@ class Replica:
         if self._path is None:
             return []
         try:
-            settings = load(self._path)
+            # A file of a thousand keys takes a while to read: the streams go on meanwhile.
+            settings = await asyncio.to_thread(load, self._path)
             specs = endpoint_specs(settings)
             await self.keyring.reconfigure(settings)
         except (ConfigError, ValueError) as error:

@@ -19,7 +19,7 @@ from gateway.api.context import fit_context
 from gateway.api.media import MediaRules
 from gateway.api.peek import Asked, read_body
 from gateway.api.request import Pending, Request, Steps
-from gateway.errors import Kind, Refusal
+from gateway.errors import EXPOSE, Kind, Refusal
 from gateway.log import Log
 from gateway.metrics import Metrics
 from gateway.serving.deadlines import Deadlines
@@ -264,7 +264,7 @@ class Edge:
         status = route.dialect.status(refusal)
         ticket.error = refusal.message
         ticket.settle(OUTCOMES.get(refusal.kind, Outcome.REFUSED), status, self.deadlines.clock())
-        headers = [_JSON, (b"x-request-id", ticket.request_id.encode("ascii")), *refusal.extra_headers()]
+        headers = [_JSON, (b"x-request-id", ticket.request_id.encode("ascii")), EXPOSE, *refusal.extra_headers()]
         return status, headers, route.dialect.error_body(refusal, ticket.request_id)
 
     def client_gone(self, request: Request) -> None:

@@ -20,7 +20,7 @@ from typing import Protocol
 import msgspec
 
 from engines.protocol import Dispatch, EngineError, Fault, Fields
-from gateway.errors import Kind, Refusal
+from gateway.errors import EXPOSE, Kind, Refusal
 from gateway.metrics import Metrics
 from gateway.policy.retry import Cause, Next, decide
 from gateway.serving.answer import AnswerError, read_answer
@@ -291,13 +291,16 @@ class Relay:
 
     def _forward(self, out: bytes, now: float) -> None:
         self._wrote = now
+        if self._state == WAITING:
+            # No other engine will be asked any more: the body need not be kept.
+            self._order.fields.clear()
         if self._committed:
             self._state = STREAMING
             self._client.send(out)
-        else:
-            self._committed = True
-            self._state = STREAMING
-            self._client.start_stream(self._headers(now), out)
+            return
+        self._committed = True
+        self._state = STREAMING
+        self._client.start_stream(self._headers(now), out)
 
     def _collect(self, data: bytes) -> None:
         self._last = self._deadlines.clock()
@@ -535,6 +538,7 @@ class Relay:
         common = [
             (b"x-request-id", ticket.request_id.encode("ascii")),
             (b"openai-processing-ms", b"%d" % milliseconds),
+            EXPOSE,
         ]
         return SSE_HEADERS + common if stream else [(b"content-type", b"application/json"), *common]
 
