@@ -219,7 +219,7 @@ def _stamp(recipe: Recipe) -> dict[str, str]:
 def _add_metadata(directory: Path, name: str, version: str) -> None:
     """Let ``importlib.metadata`` find the distribution under the name the engine asks for."""
     [packages] = directory.glob("lib/python*/site-packages")
-    metadata = packages / f"{name}-{version}.dist-info"
+    metadata = packages / f"{name.replace('-', '_')}-{version}.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     (metadata / "INSTALLER").write_text("forebay\n")
@@ -243,7 +243,7 @@ class Installer:
         cls, data_dir: Path, phase: str, progress: Progress, *, log_path: Path, hold: int, uv: Path | None = None
     ) -> Installer:
         """Find uv or fetch it. ``hold`` is the lock that an installer's process keeps until it is gone."""
-        environment = {**os.environ, **index_settings(_pip_configuration(), os.environ)}
+        environment = {**os.environ, **index_settings(pip_configuration(), os.environ)}
         found = uv or find_uv(data_dir)
         if found is None:
             progress(Step(phase, "fetching the installer, uv"))
@@ -372,7 +372,7 @@ def _fetch_uv(data_dir: Path, environment: Mapping[str, str]) -> Path:
     return directory / "bin" / "uv"
 
 
-def _pip_configuration() -> dict[str, str]:
+def pip_configuration() -> dict[str, str]:
     """Return what pip would do, its environment variables included; nothing where there is no pip."""
     output = ""
     # An environment made by uv has no pip, the Python below it usually has.
