@@ -35,7 +35,7 @@ from engines.registry import ENGINES
 from engines.steps import Step
 from engines.vllm import Vllm
 from gateway.greeting import Display, Greeting, base_url
-from gateway.settings import LocalEngine, Settings, Upstream, load, to_environment, warnings_about
+from gateway.settings import LocalEngine, Settings, Upstream, load, merge_trees, to_environment, warnings_about
 from gateway.state.database import upgrade
 from gateway.state.keys import KeyStore
 
@@ -103,18 +103,24 @@ def make_plan(config: Path | None, said: Mapping[str, object], model: str | None
         raise StartError(f"--model and --device change the one engine of this machine, but {there}")
     if chosen:
         engines[0] |= chosen
-    overrides = {**said, **_comforts(settings), "engines": engines}
+    overrides = merge_trees(said, {**_comforts(settings), "engines": engines})
     return Plan(load(config, overrides), config, overrides)
 
 
 def _comforts(settings: Settings) -> dict[str, object]:
     """What suits a laptop, where the configuration leaves it open: no announcement to a load balancer, a log that
-    people can read on a terminal."""
+    people can read on a terminal, and a number in place of port 0, so that the address can be told."""
     comforts: dict[str, object] = {}
     if settings.listen.is_loopback and "announce" not in settings.shutdown.model_fields_set:
         comforts["shutdown"] = {"announce": 0}
     if sys.stderr.isatty() and settings.log.file is None and "format" not in settings.log.model_fields_set:
         comforts["log"] = {"format": "console"}
+    for section, (host, port) in {
+        "listen": (settings.listen.host, settings.listen.port),
+        "admin": (settings.admin.host, settings.admin.port),
+    }.items():
+        if port == 0:
+            comforts[section] = {"port": _bind(host, 0)}
     return comforts
 
 
@@ -132,11 +138,7 @@ def check_ports(settings: Settings) -> None:
 
 def _check_port(host: str, port: int, example: str) -> None:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        _bind(host, port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             problem = f"port {port} of {host} is in use; stop the program that uses it or choose another port"
@@ -145,6 +147,16 @@ def _check_port(host: str, port: int, example: str) -> None:
         else:
             problem = f"{host} cannot be listened on ({error.strerror}); name an address of this machine"
         raise StartError(f"{problem}, for example: {example}") from None
+
+
+def _bind(host: str, port: int) -> int:
+    """Bind the port and let it go; return its number, which the kernel chooses for 0. OSError when it is not free."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
+        return int(probe.getsockname()[1])
 
 
 class StopRequested(Exception):  # noqa: N818 - a request, not an error
@@ -216,12 +228,12 @@ def prepare(engine: LocalEngine, settings: Settings, display: Display) -> Prepar
     return PreparedEngine(engine, environment, model)
 
 
-_LAUNCHABLE: Mapping[str, Launchable] = {"vllm": Vllm()}
+LAUNCHABLE: Mapping[str, Launchable] = {"vllm": Vllm()}
 
 
 def minder_for(engine: PreparedEngine, spec: LaunchSpec, settings: Settings, display: Display) -> Minder:
     """A minder that will run the engine and report how its loading goes."""
-    kind = _LAUNCHABLE[spec.kind]
+    kind = LAUNCHABLE[spec.kind]
     phase = f"start {spec.name} ({spec.kind} on {spec.device}, {spec.served_name})"
 
     def report(text: str, done: int | None = None, total: int | None = None) -> None:
@@ -256,15 +268,16 @@ def run_engine(engine: LocalEngine, settings: Settings) -> int:
 
 
 async def _run_alone(minder: Minder, display: Display) -> int:
-    _stop_on_signals(lambda: None, display)
-    async with contextlib.AsyncExitStack() as running:
-        running.push_async_callback(minder.stop, ENGINE_GRACE)
-        await minder.start()
-        seconds = await minder.wait_ready(ENGINE_READY_WITHIN)
-        display.done()
-        display.say(f"{minder.name} is ready after {seconds:.0f} s: forebay serve --upstream {minder.address}")
-        display.say(str(await minder.wait()))
-    return 1
+    with _signals_stop_this_task(display):
+        try:
+            await minder.start()
+            seconds = await minder.wait_ready(ENGINE_READY_WITHIN)
+            display.done()
+            display.say(f"{minder.name} is ready after {seconds:.0f} s: forebay serve --upstream {minder.address}")
+            display.say(str(await minder.wait()))
+            return 1
+        finally:
+            await minder.stop(ENGINE_GRACE)
 
 
 # --- engines and replica together --------------------------------------------------------------------------------
@@ -296,17 +309,17 @@ async def run_engines(
     greet: Callable[[tuple[str, ...]], None],
 ) -> int:
     """Start engines, then the replica; stop in the opposite order when a signal comes or nothing is left to serve."""
-    _stop_on_signals(replica.kill, display)
-    async with contextlib.AsyncExitStack() as running:
-        for minder in minders:
-            running.push_async_callback(minder.stop, ENGINE_GRACE)
-            await minder.start()
-        await asyncio.gather(*(minder.wait_ready(ENGINE_READY_WITHIN) for minder in minders))
-        running.push_async_callback(replica.stop)
-        await replica.start()
-        display.report(Step("start the gateway", "waiting until it is ready"))
-        greet(await _replica_ready(replica, settings))
-        return await _until_nothing_serves(replica, minders, settings, display)
+    with _signals_stop_this_task(display, replica):
+        async with contextlib.AsyncExitStack() as running:
+            for minder in minders:
+                running.push_async_callback(minder.stop, ENGINE_GRACE)
+                await minder.start()
+            await asyncio.gather(*(minder.wait_ready(ENGINE_READY_WITHIN) for minder in minders))
+            running.push_async_callback(replica.stop)
+            await replica.start()
+            display.report(Step("start the gateway", "waiting until it is ready"))
+            greet(await _replica_ready(replica, settings))
+            return await _until_nothing_serves(replica, minders, settings, display)
 
 
 async def _replica_ready(replica: Replica, settings: Settings) -> tuple[str, ...]:
@@ -349,24 +362,32 @@ async def _until_nothing_serves(
             task.cancel()
 
 
-def _stop_on_signals(kill: Callable[[], None], display: Display) -> None:
-    """Cancel this task at the first SIGINT or SIGTERM; at the second `kill` and end this process now.
+@contextlib.contextmanager
+def _signals_stop_this_task(display: Display, replica: Replica | None = None) -> Iterator[None]:
+    """Inside, the first SIGINT or SIGTERM cancels this task; the second ends the replica and this process now.
 
-    The engines' supervisors then notice that their owner is gone and end the engines.
+    The engines' supervisors then notice that their owner is gone and end the engines. SIGHUP is the replica's: reload.
     """
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 
     def on_signal(number: int) -> None:
         if task.cancelling():
-            kill()
+            if replica is not None:
+                replica.send(signal.SIGKILL)
             os._exit(128 + number)
-        display.say("stopping what runs in order; Ctrl-C again ends it now")
+        display.say("stopping in order; Ctrl-C again ends it now")
         task.cancel()
 
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
+    if replica is not None:
+        loop.add_signal_handler(signal.SIGHUP, replica.send, signal.SIGHUP)
+    try:
+        yield
+    finally:
+        for number in (*_STOP_SIGNALS, signal.SIGHUP):
+            loop.remove_signal_handler(number)
 
 
 async def look_until_ready(settings: Settings) -> tuple[str, ...]:
@@ -448,21 +469,21 @@ class Replica:
         return await self._process.wait()
 
     async def stop(self) -> None:
-        """SIGTERM, the time it was given to announce and drain, SIGKILL."""
+        """SIGTERM, the time it was given to announce and drain, SIGKILL; the last at once when this is cancelled."""
         if self._process is None or self._process.returncode is not None:
             return
         self._process.terminate()
         try:
-            await asyncio.wait_for(self._process.wait(), self._grace)
-        except TimeoutError:
-            self.kill()
+            await asyncio.wait({asyncio.ensure_future(self._process.wait())}, timeout=self._grace)
+        finally:
+            self.send(signal.SIGKILL)
             await self._process.wait()
 
-    def kill(self) -> None:
-        """End it now."""
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal, if it runs."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+                self._process.send_signal(number)
 
 
 # --- the replica as this process ---------------------------------------------------------------------------------

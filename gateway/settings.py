@@ -713,12 +713,12 @@ def to_environment(overrides: Mapping[str, object], prefix: str = ENV_PREFIX) ->
     return variables
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge_trees(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`: mappings are merged, everything else (lists too) is replaced."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = merge_trees(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 
@@ -727,7 +727,7 @@ def load(path: Path | None, overrides: Mapping[str, object] = {}) -> Settings:
 
     Raises ConfigError with every problem found: unknown keys, wrong values, keys that cannot be read or are the same.
     """
-    tree = _merge(_merge(read_tree(path) if path else {}, _environment_tree()), overrides)
+    tree = merge_trees(merge_trees(read_tree(path) if path else {}, _environment_tree()), overrides)
     wrong_keys = [repr(key) for key in tree if not isinstance(key, str)]
     if wrong_keys:
         raise ConfigError([f"{key}: unknown key; keys are words" for key in wrong_keys])

@@ -1,0 +1,350 @@
+"""Engines start first and stop last, the replica in between, and what goes wrong is said and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engines.environments import EngineEnvironment
+from engines.minder import Address, Minder, MinderError
+from engines.models import ModelFiles
+from gateway.greeting import Display
+from gateway.local import (
+    Plan,
+    PreparedEngine,
+    Replica,
+    StartError,
+    StopRequested,
+    check_ports,
+    interruptible,
+    make_plan,
+    make_start_key,
+    minder_for,
+    replica_command,
+    replica_environment,
+    run_engines,
+)
+from gateway.settings import Settings, load
+from gateway.state.keys import KeyStore
+from tests.support.sockets import bind_free, free_port
+
+FAKE = [sys.executable, str(Path(__file__).with_name("fake_child.py"))]
+
+
+class House:
+    """Fake engines and a fake replica under `run_engines`, what was said, and in which order things happened."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.order_file = directory / "order"
+        self.order_file.touch()
+        self.said = io.StringIO()
+        self.display = Display(self.said)
+        self.port = free_port()
+        self.settings = Settings.model_validate({"listen": {"port": self.port}, "data_dir": directory})
+        self.greeted: asyncio.Future[tuple[str, ...]] = asyncio.get_running_loop().create_future()
+        self.minders: list[Minder] = []
+        self.replica = self._replica()
+
+    def _replica(self, *arguments: str, grace: float = 30.0) -> Replica:
+        command = [*FAKE, "gateway", str(self.order_file), "--port", str(self.port), *arguments]
+        return Replica(command, {}, grace)
+
+    def engine(self, name: str, *arguments: str) -> Path:
+        """Add an engine; return its socket."""
+        path = self.directory / f"{name}.sock"
+        self.minders.append(
+            Minder(
+                name,
+                [*FAKE, name, str(self.order_file), "--unix", str(path), *arguments],
+                environment=os.environ,
+                address=Address(unix=path),
+                log_path=self.directory / f"{name}.log",
+            )
+        )
+        return path
+
+    def with_replica(self, *arguments: str, grace: float = 30.0) -> None:
+        self.replica = self._replica(*arguments, grace=grace)
+
+    def start(self) -> asyncio.Task[int]:
+        running = run_engines(self.replica, self.minders, self.settings, self.display, self.greeted.set_result)
+        return asyncio.create_task(running)
+
+    async def replica_answers(self) -> None:
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"http://127.0.0.1:{self.port}/health/ready")).is_success
+
+    @property
+    def order(self) -> list[str]:
+        return self.order_file.read_text().splitlines()
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+async def end_at(url: str, unix: Path | None = None) -> None:
+    """Make a fake child end by itself."""
+    transport = httpx.AsyncHTTPTransport(uds=str(unix) if unix else None)
+    async with httpx.AsyncClient(transport=transport) as client:
+        with suppress(httpx.TransportError):
+            await client.get(f"{url}/exit")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_engines_start_first_and_stop_last(house: House, number: signal.Signals) -> None:
+    house.engine("engine")
+    running = house.start()
+    assert await house.greeted == ("fake-model",)
+    os.kill(os.getpid(), number)
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert house.order == ["engine up", "gateway up", "gateway down", "engine down"]
+    assert "stopping in order" in house.said.getvalue()
+
+
+async def test_an_engine_that_cannot_load_is_explained_and_the_gateway_never_starts(house: House) -> None:
+    house.engine("good")
+    house.engine("bad", "--crash")
+    with pytest.raises(MinderError, match=r"bad ended by itself .*RuntimeError: no memory for the weights"):
+        await house.start()
+    assert house.order in (["good up", "good down"], ["good down"], [])  # it may be stopped before it is up
+
+
+async def test_a_gateway_that_cannot_start_takes_the_engines_down(house: House) -> None:
+    house.engine("engine")
+    house.with_replica("--crash")
+    with pytest.raises(StartError, match="the gateway ended with exit code 1; its lines above say why"):
+        await house.start()
+    assert house.order == ["engine up", "engine down"]
+
+
+async def test_without_its_last_engine_the_gateway_stops(house: House) -> None:
+    path = house.engine("engine")
+    running = house.start()
+    await house.greeted
+    await end_at("http://engine", path)
+    assert await running == 1
+    assert house.order == ["engine up", "gateway up", "gateway down"]
+    assert "engine ended by itself after" in house.said.getvalue()
+    assert "no engine is left: stopping" in house.said.getvalue()
+
+
+async def test_with_another_engine_the_gateway_goes_on(house: House) -> None:
+    first = house.engine("first")
+    house.engine("second")
+    running = house.start()
+    await house.greeted
+    gone = asyncio.create_task(house.minders[0].wait())
+    await end_at("http://engine", first)
+    await gone
+    await house.replica_answers()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert house.order[-2:] == ["gateway down", "second down"]
+    assert "first ended by itself" in house.said.getvalue()
+
+
+async def test_without_the_gateway_the_engines_stop(house: House) -> None:
+    house.engine("engine")
+    running = house.start()
+    await house.greeted
+    await end_at(f"http://127.0.0.1:{house.port}")
+    assert await running == 1
+    assert house.order == ["engine up", "gateway up", "engine down"]
+    assert "the gateway ended by itself with exit code 3: stopping" in house.said.getvalue()
+
+
+async def test_a_gateway_that_does_not_stop_is_killed_after_its_time(house: House) -> None:
+    house.engine("engine")
+    house.with_replica("--stubborn", grace=0.05)
+    running = house.start()
+    await house.greeted
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert house.order == ["engine up", "gateway up", "engine down"]
+    assert await house.replica.wait() == -signal.SIGKILL
+
+
+async def test_sighup_is_the_gateway_s(house: House) -> None:
+    house.engine("engine")
+    running = house.start()
+    await house.greeted
+    os.kill(os.getpid(), signal.SIGHUP)
+    while "gateway reload" not in house.order:
+        assert not running.done()
+        await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_interrupts_what_blocks(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(StopRequested), interruptible():
+        os.kill(os.getpid(), number)
+        signal.pause()
+    assert signal.getsignal(number) is before
+
+
+# --- ports -------------------------------------------------------------------------------------------------------
+
+
+def test_a_port_in_use_is_said_with_what_to_type() -> None:
+    with bind_free() as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError) as caught:
+            check_ports(Settings.model_validate({"listen": {"port": port}, "admin": {"enabled": False}}))
+        assert str(caught.value) == (
+            f"port {port} of 127.0.0.1 is in use; stop the program that uses it or choose another port,"
+            f" for example: forebay serve --port {port + 10}"
+        )
+        with pytest.raises(StartError, match=f"port {port} .* FOREBAY_ADMIN__PORT={port + 10} forebay serve"):
+            check_ports(Settings.model_validate({"listen": {"port": free_port()}, "admin": {"port": port}}))
+        check_ports(Settings.model_validate({"listen": {"unix_socket": "/x"}, "admin": {"enabled": False}}))
+
+
+def test_an_address_of_another_machine_and_a_port_of_root_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_admin = {"admin": {"enabled": False}}
+    with pytest.raises(StartError, match=r"203\.0\.113\.1 cannot be listened on .*; name an address of this machine"):
+        check_ports(Settings.model_validate({"listen": {"host": "203.0.113.1"}, **no_admin}))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with pytest.raises(StartError, match="port 80 needs more rights than this user has; choose one above 1023"):
+        check_ports(Settings.model_validate({"listen": {"port": 80}, **no_admin}))
+
+
+# --- plans -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("FOREBAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FOREBAY_HOME", str(tmp_path / "home"))
+
+
+def test_with_no_configuration_the_packaged_model_runs_on_the_cpu() -> None:
+    plan = make_plan(None, {}, None, None)
+    (engine,) = plan.settings.engines
+    assert (engine.kind, engine.device, engine.model) == ("vllm", "cpu", "smollm2-135m-instruct")
+    assert plan.settings.shutdown.announce == 0  # a laptop has no load balancer
+
+
+def test_model_and_device_change_the_one_engine(tmp_path: Path) -> None:
+    file = tmp_path / "forebay.yaml"
+    file.write_text("engines: [{name: mine, max_model_len: 512}]\nshutdown: {announce: 3s}\n")
+    plan = make_plan(file, {"listen": {"host": "0.0.0.0"}}, "Qwen/Qwen3-8B", "cuda")
+    (engine,) = plan.settings.engines
+    assert (engine.name, engine.max_model_len, engine.device, engine.model) == ("mine", 512, "cuda", "Qwen/Qwen3-8B")
+    assert (plan.settings.listen.host, plan.settings.shutdown.announce) == ("0.0.0.0", 3)
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"upstreams": [{"url": "http://a"}]}, "only upstreams are configured"),
+        ({"engines": [{"name": "a"}, {"name": "b"}]}, "2 of them are configured"),
+    ],
+)
+def test_model_and_device_need_one_engine(tree: dict[str, object], said: str) -> None:
+    with pytest.raises(StartError, match=f"--model and --device change the one engine of this machine, but {said}"):
+        make_plan(None, tree, "m", None)
+
+
+def test_a_gateway_open_to_the_network_announces_its_end() -> None:
+    assert make_plan(None, {"listen": {"host": "0.0.0.0"}}, None, None).settings.shutdown.announce == 5
+
+
+def test_port_zero_becomes_a_number() -> None:
+    plan = make_plan(None, {"listen": {"port": 0, "host": "127.0.0.1"}, "admin": {"port": 0}}, None, None)
+    assert plan.settings.listen.port != 0
+    assert plan.settings.admin.port != 0
+    assert plan.overrides["listen"] == {"host": "127.0.0.1", "port": plan.settings.listen.port}
+
+
+def prepared(tmp_path: Path, tree: dict[str, object]) -> tuple[Plan, PreparedEngine]:
+    plan = make_plan(None, tree, None, None)
+    environment, model = EngineEnvironment(tmp_path / "env"), ModelFiles("org/Model", "model")
+    return plan, PreparedEngine(plan.settings.engines[0], environment, model)
+
+
+def test_the_replica_learns_what_was_typed_and_where_the_engines_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree: dict[str, object] = {
+        "auth": "none",
+        "upstreams": [{"url": "http://other:8000", "api_key": "secret", "models": {"a": "b"}}],
+        "engines": [{"name": "mine", "port": free_port()}],
+    }
+    plan, engine = prepared(tmp_path, tree)
+    spec = engine.private_spec(plan.settings, tmp_path)
+    for name, value in replica_environment(plan, [spec]).items():
+        monkeypatch.setenv(name, value)
+    child = load(None)
+    assert child.auth == "none"
+    assert child.engines == ()
+    other, mine = child.upstreams
+    assert (other.url, other.credential(), other.models) == ("http://other:8000", "secret", {"a": "b"})
+    assert (mine.url, mine.name, mine.credential()) == (str(spec.address), "mine", spec.api_key)
+    assert replica_command(Plan(plan.settings, Path("f.yaml"), {}))[1:] == ["-m", "gateway.app", "--config", "f.yaml"]
+
+
+def test_an_engine_is_private_to_its_gateway(tmp_path: Path) -> None:
+    """On a Unix socket in a directory of its user's, or on its port with a key that no command line shows."""
+    plan, engine = prepared(tmp_path, {"engines": [{"name": "mine", "environment": {"A": "b"}}]})
+    spec = engine.private_spec(plan.settings, tmp_path)
+    assert (spec.address, spec.api_key) == (Address(unix=tmp_path / "0.sock"), None)
+    assert (spec.model, spec.model_is_local, spec.served_name) == ("org/Model", False, "model")
+    port = free_port()
+    plan, engine = prepared(tmp_path, {"engines": [{"name": "mine", "port": port, "served_name": "public"}]})
+    spec = engine.private_spec(plan.settings, tmp_path)
+    assert spec.address == Address(port=port)
+    assert spec.served_name == "public"
+    assert spec.api_key is not None
+    assert spec.api_key not in repr(spec)
+
+
+@pytest.mark.parametrize(("remote", "hosts"), [("off", ()), ("engine", ("images.example",))])
+def test_an_engine_may_fetch_media_only_from_the_configured_hosts(
+    tmp_path: Path, remote: str, hosts: tuple[str, ...]
+) -> None:
+    plan, engine = prepared(tmp_path, {"media": {"remote": remote, "hosts": list(hosts)}})
+    assert engine.private_spec(plan.settings, tmp_path).allowed_media_domains == hosts
+
+
+def test_loading_is_shown_from_the_first_moment(tmp_path: Path) -> None:
+    plan, engine = prepared(tmp_path, {})
+    said = io.StringIO()
+    minder_for(engine, engine.private_spec(plan.settings, tmp_path), plan.settings, Display(said))
+    assert said.getvalue() == "start local (vllm on cpu, model): starting its program\n"
+
+
+# --- keys for a start --------------------------------------------------------------------------------------------
+
+
+def test_each_start_on_a_port_replaces_its_last_key_alone() -> None:
+    first, second = (Settings.model_validate({"listen": {"port": port}}) for port in (8000, 8100))
+    keys = [make_start_key(first), make_start_key(second), make_start_key(first)]
+    assert None not in keys
+    with KeyStore(first.state_url) as store:
+        assert [record.name for record in store.load_all().records.values()] == ["serve-8100", "serve-8000"]
+    assert make_start_key(Settings(auth="none")) is None
