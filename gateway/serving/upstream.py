@@ -152,6 +152,7 @@ class Connection(asyncio.Protocol):
         "_chunks",
         "_connecting",
         "_content_type",
+        "_excess",
         "_head_bytes",
         "_keep_alive",
         "_loop",
@@ -191,6 +192,7 @@ class Connection(asyncio.Protocol):
         self._serial += 1
         self._keep_alive = False
         self._until_close = False
+        self._excess = False
 
     # What the exchange asks for.
 
@@ -324,7 +326,8 @@ class Connection(asyncio.Protocol):
 
     def _finish(self) -> None:
         receiver, self._receiver = self._receiver, None
-        if self._keep_alive and self._transport is not None and not self._transport.is_closing():
+        keep = self._keep_alive and not self._excess
+        if keep and self._transport is not None and not self._transport.is_closing():
             self.idle = True
             self.idle_since = self._loop.time()
             self._owner.keep(self)
@@ -359,20 +362,25 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Note what decides how the body is read."""
         lowered = name.lower()
+        if self._excess:
+            return
         if lowered == b"content-type":
             self._content_type = value.lower()
         elif lowered in (b"content-length", b"transfer-encoding"):
             self._until_close = False
 
     def on_message_begin(self) -> None:
-        """Start an answer."""
+        """Start an answer. A second one in the same read is nobody's: what it says is not heard."""
+        if self._phase == _COMPLETE:
+            self._excess = True
+            return
         self._until_close = True
         self._content_type = b""
 
     def on_headers_complete(self) -> None:
         """Report the head. ``should_keep_alive`` is right only here."""
         status = self._parser.get_status_code()
-        if status < 200:
+        if status < 200 or self._excess:
             return
         self._phase = _BODY
         self._keep_alive = self._parser.should_keep_alive() and not self._until_close
@@ -381,7 +389,8 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """Collect; reported once a read."""
-        self._chunks.append(body)
+        if not self._excess:
+            self._chunks.append(body)
 
     def on_message_complete(self) -> None:
         """Note that the answer is whole."""

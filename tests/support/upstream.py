@@ -215,17 +215,15 @@ class ScriptedUpstream:
         return [task for connection in self.connections for task in connection.played]
 
     def _connection(self) -> _Connection:
-        connection = _Connection(self, len(self.connections))
-        self.connections.append(connection)
-        return connection
+        return _Connection(self)
 
 
 class _Connection(asyncio.Protocol):
     """One accepted connection: reads requests, plays one script at a time."""
 
-    def __init__(self, upstream: ScriptedUpstream, index: int) -> None:
+    def __init__(self, upstream: ScriptedUpstream) -> None:
         self.upstream = upstream
-        self.index = index
+        self.index = -1
         self.gone = asyncio.Event()
         self.buffer = bytearray()
         self.current: SeenRequest | None = None
@@ -256,6 +254,9 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not checked with isinstance: uvloop's transports do not derive from asyncio's.
         self.transport = cast(asyncio.Transport, transport)
+        # Counted from here on: a TLS handshake that fails makes no connection.
+        self.index = len(self.upstream.connections)
+        self.upstream.connections.append(self)
         self.writable.set()
         self.note("accepted")
         if self.upstream.greetings:
