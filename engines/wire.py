@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -12,13 +13,15 @@ _decode = msgspec.json.decode
 
 BUSY_WORDS = ("queue is full", "currently busy", "overloaded", "cannot accept new requests")
 SHUTDOWN_WORDS = ("after shutdown", "shutting down")
+_STATUS = re.compile("[0-9]{3}")
 
 
 def parse(body: bytes) -> dict[str, Any]:
     """Return the JSON object in ``body``, or an empty one when it holds none."""
     try:
         value = _decode(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
+        # Not JSON, not UTF-8, or nested without end.
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -77,6 +80,6 @@ def status_in(fields: dict[str, Any]) -> int:
     code = fields.get("code")
     if isinstance(code, int):
         return code
-    if isinstance(code, str) and code.isdigit():
+    if isinstance(code, str) and _STATUS.fullmatch(code):
         return int(code)
     return 500

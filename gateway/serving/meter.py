@@ -73,14 +73,17 @@ class _EventView(msgspec.Struct):
 
 _decode_event = msgspec.json.Decoder(_EventView).decode
 _decode_inner = msgspec.json.Decoder(_Inner).decode
+_decode_text = msgspec.json.Decoder(str).decode
 _MODEL = re.compile(rb'"model":( ?)("(?:[^"\\]|\\.)*")')
+_UNREADABLE = (ValueError, RecursionError)
+"""What msgspec raises on bytes that are no JSON, not of the form asked for, not UTF-8 (in a key), or too deep."""
 
 
 def read_usage(body: bytes) -> Usage | None:
     """Return the usage of a whole answer, None when it names none or is not understood."""
     try:
         view = _decode_inner(body)
-    except (msgspec.DecodeError, RecursionError):
+    except _UNREADABLE:
         return None
     return view.usage.usage() if view.usage is not None else None
 
@@ -133,6 +136,22 @@ class Meter:
 
     def feed(self, data: bytes) -> bytes:
         """Take what was read, return the whole events the client may have (perhaps none)."""
+        if (
+            self._needle is not None
+            and not self._tail
+            and data.startswith(b"data: {")
+            and data.endswith(b"\n\n")
+            and data.count(b"\n") == 2
+            and b'"usage"' not in data
+            and b'"error"' not in data
+            and b"\r" not in data
+            and not self._cr
+            and not self.ended
+            and self.failure is None
+        ):
+            # A stream at a real pace: one read is one plain event. Everything below would come to the same.
+            self.events += 1
+            return data.replace(self._needle, self._replacement) if self._needle else data
         if self._cr or b"\r" in data:
             data = self._unify_line_ends(data)
         if self._tail:
@@ -148,7 +167,7 @@ class Meter:
             block = data[:cut]
         if not block or self.ended or self.failure is not None:
             return b""
-        if self._needle is not None and block.startswith(b"data: {"):
+        if self._needle is not None and block.startswith(b"data: {") and not self._dialect.typed_events:
             plain = self._plain(block)
             if plain is not None:
                 return plain
@@ -168,12 +187,11 @@ class Meter:
         return block
 
     def _unify_line_ends(self, data: bytes) -> bytes:
-        # JSON holds no raw carriage return, so only line ends are touched. One at the end of a read waits for its \n.
-        if self._cr:
-            data = b"\r" + data
+        # JSON holds no raw carriage return, so only line ends are touched. One at the end of a read ends its line now;
+        # should its \n follow, it adds nothing.
+        if self._cr and data.startswith(b"\n"):
+            data = data[1:]
         self._cr = data.endswith(b"\r")
-        if self._cr:
-            data = data[:-1]
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _plain(self, block: bytes) -> bytes | None:
@@ -235,9 +253,10 @@ class Meter:
             if self.failure is not None:
                 return b""
         view = self._look(payload, kind)
+        if self._dialect.typed_events:
+            told = kind.decode("ascii", "replace") if view is None or view.type is None else view.type
+            self.ended = told in self._dialect.end_types
         if view is not None:
-            if self._dialect.typed_events and (view.type or kind.decode("ascii", "replace")) in self._dialect.end_types:
-                self.ended = True
             self._take_usage(view)
             if self._hide_usage and view.usage is not None and _is_empty(view.choices):
                 return b""
@@ -255,7 +274,7 @@ class Meter:
             return None
         try:
             view = _decode_event(payload)
-        except (msgspec.DecodeError, RecursionError):
+        except _UNREADABLE:
             # Not what the dialect promises: the client gets what the engine said.
             return None
         if needle is None or respelt:
@@ -271,7 +290,7 @@ class Meter:
             self._needle = b""
             return
         for match in _MODEL.finditer(payload):
-            if msgspec.json.decode(match[2]) == model:
+            if _text(match[2]) == model:
                 self._needle = match[0]
                 self._replacement = b'"model":' + match[1] + msgspec.json.encode(self._public)
                 return
@@ -281,6 +300,13 @@ class Meter:
             if found is not None:
                 usage = found.usage()
                 self.usage = usage if self.usage is None else self.usage.merged(usage)
+
+
+def _text(raw: bytes) -> str | None:
+    try:
+        return _decode_text(raw)
+    except _UNREADABLE:
+        return None
 
 
 def _is_empty(choices: msgspec.Raw) -> bool:
