@@ -24,7 +24,7 @@ from tests.support.http1 import Headers
 from tests.support.journal import PATIENCE
 from tests.support.recordings import load as load_recording
 from tests.support.script import Script, play
-from tests.support.sockets import free_port
+from tests.support.sockets import bind_free
 from tests.support.upstream import ScriptedUpstream, SeenRequest
 
 Face = Literal["protocol", "asgi"]
@@ -136,9 +136,12 @@ def asking(upstream: ScriptedUpstream, recording: str = "get_models", **more: An
 def settings_for(face: Face, folder: Path, upstreams: Iterable[ScriptedUpstream | Upstream], **more: Any) -> Settings:
     """Return settings for a test: free ports, one key, nothing that waits for real time; ``more`` replaces parts."""
     given = [one if isinstance(one, Upstream) else serving(one) for one in upstreams]
+    # Both held at once, so that they differ.
+    with bind_free() as public, bind_free() as admin:
+        public_port, admin_port = public.getsockname()[1], admin.getsockname()[1]
     parts: dict[str, Any] = {
-        "listen": Listen(port=free_port(), face=face),
-        "admin": AdminListen(port=free_port()),
+        "listen": Listen(port=public_port, face=face),
+        "admin": AdminListen(port=admin_port),
         "data_dir": folder,
         "keys": (KeySettings(name="alice", key=SecretStr(KEY)),),
         "upstreams": tuple(given),
