@@ -46,7 +46,8 @@ def read_answer(body: bytes, engine: Engine, public: str) -> Answer | AnswerErro
     except msgspec.ValidationError:
         # JSON, but not of the dialect's form: passed on as it came, without usage.
         return _renamed(body, public, None)
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
+        # A key that is not UTF-8 is a UnicodeDecodeError.
         return AnswerError("The engine answered 200 with something that is not JSON.")
     if view.object == "error" or view.type == "error" or (_is_error(view.error) and view.object is None):
         error = engine.read_stream_error(body)
@@ -61,7 +62,7 @@ def read_answer(body: bytes, engine: Engine, public: str) -> Answer | AnswerErro
 def _renamed(body: bytes, public: str, usage: Usage | None) -> Answer | AnswerError:
     try:
         fields = _decode_fields(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return AnswerError("The engine answered 200 with something that is not a JSON object.")
     if "model" in fields:
         fields["model"] = msgspec.Raw(msgspec.json.encode(public))

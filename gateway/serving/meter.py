@@ -45,13 +45,18 @@ class UsageView(msgspec.Struct):
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
     cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
 
     def usage(self) -> Usage:
         """Return the one form the gateway counts with."""
         details = self.prompt_tokens_details or self.input_tokens_details
         cached = details.cached_tokens if details is not None else self.cache_read_input_tokens
+        prompt = self.prompt_tokens
+        if prompt is None and self.input_tokens is not None:
+            # Anthropic's input_tokens leave out what was read from the cache or written to it.
+            prompt = self.input_tokens + (self.cache_read_input_tokens or 0) + (self.cache_creation_input_tokens or 0)
         return Usage(
-            self.prompt_tokens if self.prompt_tokens is not None else self.input_tokens,
+            prompt,
             self.completion_tokens if self.completion_tokens is not None else self.output_tokens,
             cached,
         )

@@ -252,15 +252,15 @@ def test_typed_streams_do_not_end_with_done() -> None:
 
 
 def test_anthropic_usage_comes_in_two_parts() -> None:
-    """The input's in the first event, the output's in the last but one."""
+    """The input's in the first event, without what the cache gave; the output's in the last but one."""
     meter = meter_for(ANTHROPIC)
     meter.feed(
         b'event: message_start\ndata: {"type":"message_start","message":{"model":"m","usage":'
         b'{"input_tokens":37,"output_tokens":0,"cache_read_input_tokens":5}}}\n\n'
     )
-    assert meter.usage == Usage(37, 0, 5)
+    assert meter.usage == Usage(42, 0, 5)
     meter.feed(b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":4}}\n\n')
-    assert meter.usage == Usage(37, 4, 5)
+    assert meter.usage == Usage(42, 4, 5)
 
 
 # --- errors in the stream ----------------------------------------------------------------------------------------
@@ -381,7 +381,11 @@ def test_a_partial_event_overflows_beyond_its_bound_and_only_then(size: int, ste
         (b'{"usage":{"prompt_tokens":5,"completion_tokens":2}}', Usage(5, 2, None)),
         (b'{"usage":{"prompt_tokens":5,"prompt_tokens_details":{"cached_tokens":4}}}', Usage(5, None, 4)),
         (b'{"usage":{"prompt_tokens":5,"prompt_tokens_details":null}}', Usage(5, None, None)),
-        (b'{"usage":{"input_tokens":5,"output_tokens":2,"cache_read_input_tokens":3}}', Usage(5, 2, 3)),
+        (b'{"usage":{"input_tokens":5,"output_tokens":2,"cache_read_input_tokens":3}}', Usage(8, 2, 3)),
+        (
+            b'{"usage":{"input_tokens":5,"cache_creation_input_tokens":6,"cache_read_input_tokens":0}}',
+            Usage(11, None, 0),
+        ),
         (b'{"usage":{"input_tokens":0,"output_tokens":0}}', Usage(0, 0, None)),
         (b'{"usage":null}', None),
         (b"{}", None),

@@ -1,0 +1,234 @@
+"""Errors of the three engines, as recorded, and bodies as vLLM gets them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines import wire
+from engines.protocol import Dispatch, Fault
+from engines.registry import ENGINES
+from engines.vllm import Vllm
+from gateway.api.routes import RELAYED
+from tests.support.recordings import Recording, all_recordings, load
+
+VLLM = Vllm()
+FAILED = [recording for recording in all_recordings(streams=False) if recording.status >= 400]
+
+FAULTS = [
+    ("vllm/err_badjson", Fault.REQUEST),
+    ("vllm/err_404", Fault.UNSUPPORTED),
+    ("vllm/err_405", Fault.UNSUPPORTED),
+    ("vllm/err_embeddings", Fault.UNSUPPORTED),
+    ("vllm/lora_unknown_model", Fault.UNKNOWN_MODEL),
+    ("vllm/lora_unknown_model_stream", Fault.UNKNOWN_MODEL),
+    ("vllm/auth_missing", Fault.CREDENTIALS),
+    ("vllm/auth_wrong", Fault.CREDENTIALS),
+    ("vllm/s2_over_4", Fault.OVERLOADED),
+    ("vllm/sigterm_drain25_new_request", Fault.OVERLOADED),
+    ("vllm/messages_err", Fault.UNKNOWN_MODEL),
+    ("sglang/err_badjson", Fault.REQUEST),
+    ("sglang/err_404", Fault.UNSUPPORTED),
+    ("sglang/err_405", Fault.UNSUPPORTED),
+    ("sglang/q_full_nonstream", Fault.OVERLOADED),
+    ("sglang/err_toolong", Fault.REQUEST),
+    ("lmdeploy/err_404", Fault.UNSUPPORTED),
+    ("lmdeploy/err_model", Fault.UNKNOWN_MODEL),
+    ("lmdeploy/err_temp", Fault.REQUEST),
+]
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTS, ids=[name for name, _ in FAULTS])
+def test_whose_fault_a_recorded_error_is(name: str, fault: Fault) -> None:
+    recording = load(*name.split("/"))
+    assert wire.read_error(recording.status, recording.body).fault is fault
+
+
+@pytest.mark.parametrize("recording", FAILED, ids=str)
+def test_a_recorded_errors_own_message_is_kept(recording: Recording) -> None:
+    """Whatever its shape: nested, flat, a bare string, a framework's detail, plain text, or nothing."""
+    error = wire.read_error(recording.status, recording.body)
+    assert error.message
+    assert error.message[:100] in {
+        *(text[:100] for text in texts_of(recording.body)),
+        f"the engine answered {recording.status} without a message",
+    }
+    if recording.body.startswith(b"{") and b'"message"' in recording.body:
+        assert not error.message.startswith("the engine answered")
+
+
+def texts_of(body: bytes) -> list[str]:
+    """Every string inside a JSON body, every object as compact JSON too, or the body itself."""
+    try:
+        todo: list[Any] = [json.loads(body)]
+    except ValueError:
+        return [body.decode()]
+    found = []
+    while todo:
+        value = todo.pop()
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, dict | list):
+            found.append(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+            todo.extend(value.values() if isinstance(value, dict) else value)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vllm/err_prompt_too_long", "vllm/err_comp_prompt_too_long", "sglang/err_toolong", "lmdeploy/err_toolong"],
+)
+def test_too_long_a_prompt_has_its_code(name: str) -> None:
+    """The SDKs' users look for it."""
+    recording = load(*name.split("/"))
+    assert recording.status == 400
+    assert wire.read_error(recording.status, recording.body).code == "context_length_exceeded"
+
+
+def test_the_param_is_kept() -> None:
+    recording = load("vllm", "err_max_tokens_zero")
+    assert wire.read_error(recording.status, recording.body).param == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("status", "fault"),
+    [
+        (400, Fault.REQUEST),
+        (401, Fault.CREDENTIALS),
+        (403, Fault.CREDENTIALS),
+        (404, Fault.UNKNOWN_MODEL),
+        (413, Fault.REQUEST),
+        (422, Fault.REQUEST),
+        (429, Fault.OVERLOADED),
+        (500, Fault.FAILED),
+        (502, Fault.FAILED),
+        (503, Fault.OVERLOADED),
+        (302, Fault.FAILED),
+    ],
+)
+def test_the_status_tells_whose_fault_it_is(status: int, fault: Fault) -> None:
+    assert wire.read_error(status, b'{"error":{"message":"text"}}').fault is fault
+
+
+@given(status=st.integers(100, 599), body=st.binary(max_size=80))
+def test_no_bytes_of_an_engine_make_it_fail(status: int, body: bytes) -> None:
+    for shape in (body, b'{"error":{"message":"' + body + b'"}}', b'{"detail":' + body + b"}"):
+        error = wire.read_error(status, shape)
+        assert error.message
+        assert wire.read_error(status, shape) == error
+        VLLM.read_stream_error(shape)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["error", "message", "code", "param", "detail", "object", "type"]), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(status=st.integers(100, 599), value=JSON)
+def test_no_shape_of_an_error_makes_it_fail(status: int, value: Any) -> None:
+    body = json.dumps(value).encode()
+    assert wire.read_error(status, body).message
+    found = VLLM.read_stream_error(body)
+    assert found is None or found.message
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(503, 503), ("404", 404), ("not_found", 500), (None, 500), ("²²²", 500), ("9" * 5000, 500), ("4040", 500)],
+)
+def test_the_status_of_an_error_in_a_stream(code: object, status: int) -> None:
+    assert wire.status_in({"code": code}) == status
+
+
+def test_a_chunk_is_no_error() -> None:
+    """An answer's own chunk may carry an empty or even a filled field of that name."""
+    for payload in (
+        b'{"error":null,"choices":[]}',
+        b'{"error":{"message":"x"},"choices":[]}',
+        b'{"type":"response.failed","response":{"error":{"message":"x"}}}',
+        b'{"type":"message_start"}',
+        b"[]",
+        b"nonsense",
+    ):
+        assert VLLM.read_stream_error(payload) is None
+
+
+# --- what vLLM is sent -------------------------------------------------------------------------------------------
+
+
+def raw(**fields: Any) -> dict[str, msgspec.Raw]:
+    return {name: msgspec.Raw(json.dumps(value).encode()) for name, value in fields.items()}
+
+
+def prepared(path: str, fields: dict[str, msgspec.Raw], *, ask: bool = False, salt: str | None = None) -> Any:
+    return json.loads(VLLM.prepare(path, fields, Dispatch(msgspec.Raw(b'"own name"'), ask, salt)))
+
+
+def test_the_model_goes_by_its_own_name_and_the_rest_as_it_came() -> None:
+    body = prepared("/v1/chat/completions", raw(model="public", messages=[], temperature=0.1, stream=True))
+    assert body == {"model": "own name", "messages": [], "temperature": 0.1, "stream": True}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    ("given_options", "sent"),
+    [
+        ("absent", {"include_usage": True}),
+        (None, {"include_usage": True}),
+        ({}, {"include_usage": True}),
+        ({"include_usage": False}, {"include_usage": True}),
+        ({"continuous_usage_stats": True}, {"continuous_usage_stats": True, "include_usage": True}),
+        # The engine says what is wrong with these.
+        ([], []),
+        ("yes", "yes"),
+    ],
+)
+def test_usage_is_asked_for(path: str, given_options: object, sent: object) -> None:
+    fields = raw(model="m") if given_options == "absent" else raw(model="m", stream_options=given_options)
+    assert prepared(path, fields, ask=True)["stream_options"] == sent
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/embeddings"])
+def test_usage_is_not_asked_for_where_it_comes_by_itself(path: str) -> None:
+    """A field unknown there would be refused or ignored."""
+    assert "stream_options" not in prepared(path, raw(model="m"), ask=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "salted"),
+    [("/v1/chat/completions", True), ("/v1/messages", True), ("/v1/embeddings", False), ("/tokenize", False)],
+)
+def test_a_trust_domain_becomes_the_salt_of_the_prefix_cache(path: str, salted: bool) -> None:
+    body = prepared(path, raw(model="m"), salt="team a")
+    assert body.get("cache_salt") == ("team a" if salted else None)
+    assert "cache_salt" not in prepared(path, raw(model="m"))
+
+
+def test_options_that_cannot_be_read_do_not_break_it() -> None:
+    """The body's check lets only UTF-8 in; an engine file relies on nobody for that."""
+    fields = {"model": msgspec.Raw(b'"m"'), "stream_options": msgspec.Raw(b'{"\xff":1}')}
+    sent = VLLM.prepare("/v1/chat/completions", fields, Dispatch(msgspec.Raw(b'"m"'), ask_usage=True))
+    assert sent == b'{"model":"m","stream_options":{"\xff":1}}'
+
+
+def test_every_engine_says_what_the_gateway_needs() -> None:
+    """One contract for each file in ``engines``."""
+    for name, engine in ENGINES.items():
+        assert engine.name == name
+        assert engine.control_fields
+        assert set(engine.paths) <= set(RELAYED)
+        assert all(path.startswith("/") for path in (*engine.paths.values(), engine.ready_path, engine.models_path))
+        for field in ("model", "messages", "prompt", "input", "stream", "n", "max_tokens", "tools", "temperature"):
+            assert field not in engine.control_fields
