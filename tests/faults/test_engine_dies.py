@@ -1,0 +1,295 @@
+"""The engine dies: a JSON error before the first event, an error event after it, or another engine is asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.conftest import Connect
+from tests.support.client import Response
+from tests.support.gateway import AUTH, CHAT, MODEL, Gateway, StartGateway, chat, relayed, serving
+from tests.support.journal import Journal
+from tests.support.recordings import load
+from tests.support.script import (
+    DONE,
+    Answer,
+    Do,
+    Gate,
+    Script,
+    endless_event,
+    event_stream,
+    garbage,
+    json_answer,
+    nothing,
+    play,
+)
+from tests.support.upstream import ScriptedUpstream
+
+RECORDED = load("vllm", "chat_stream")
+STREAM = play(RECORDED)
+EVENTS = [event.replace(b'"model":"smollm2"', b'"model":"public/model"') for event in RECORDED.events()]
+
+BEFORE_THE_FIRST_EVENT = {
+    "before any byte": 0,
+    "inside the status line": 5,
+    "inside the head": STREAM.after_head - 3,
+    "after the head": STREAM.after_head,
+    "inside the first size line": STREAM.inside_size_line(0),
+    "inside the first event": STREAM.inside_frame(0),
+    "inside the first event's blank line": STREAM.after_frame(0) - 3,
+}
+AFTER_IT = {
+    "after the first event": (STREAM.after_frame(0), 1),
+    "inside a size line": (STREAM.inside_size_line(2), 2),
+    "inside an event": (STREAM.inside_frame(2), 2),
+    "between events": (STREAM.after_frame(4), 5),
+    "before the end mark": (STREAM.after_frame(-2), len(EVENTS) - 1),
+    "inside the end mark": (STREAM.inside_frame(-1), len(EVENTS) - 1),
+}
+ENDINGS = [Do.CLOSE, Do.RESET]
+
+
+def dies(script: Script, place: int, ending: Do) -> Script:
+    """Return a script that ends once the gateway has read everything up to a place."""
+    return script.do(Do.UNTIL_READ, place).do(ending, place)
+
+
+def error_of(answer: Response) -> dict[str, Any]:
+    """Return the error of an answer that is one."""
+    error: dict[str, Any] = answer.json()["error"]
+    return error
+
+
+async def assert_nothing_held(gateway: Gateway) -> None:
+    await gateway.idle()
+    assert gateway.replica.pool.endpoints[0].connections.open == 0
+
+
+@pytest.mark.parametrize("place", BEFORE_THE_FIRST_EVENT.values(), ids=BEFORE_THE_FIRST_EVENT)
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_before_the_first_event_the_client_gets_json(
+    gateway: Gateway, upstream: ScriptedUpstream, place: int, ending: Do
+) -> None:
+    """The status is not spent on a stream that never began."""
+    upstream.queue(dies(STREAM, place, ending), path=CHAT)
+    answer = await gateway.ask(chat(stream=True))
+    assert (answer.status, answer.header("content-type")) == (502, "application/json")
+    assert (error_of(answer)["type"], error_of(answer)["code"]) == ("server_error", "engine_failed")
+    assert (await gateway.line())["outcome"] == "engine_failed"
+    await assert_nothing_held(gateway)
+
+
+@pytest.mark.parametrize(("place", "events"), AFTER_IT.values(), ids=AFTER_IT)
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_after_it_the_stream_ends_with_an_error_event(
+    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, place: int, events: int, ending: Do
+) -> None:
+    """Every whole event before it came through, no partial one did, and the connection ends: no client can miss it."""
+    upstream.queue(dies(STREAM, place, ending), path=CHAT)
+    client = await connect(gateway.url)
+    client.post(CHAT, chat(stream=True), AUTH)
+    assert (await client.head()).status == 200
+    *before, last = await client.events()
+    assert before == EVENTS[:events]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_failed"
+    assert await client.ended() == "close"
+    line = await gateway.line()
+    assert (line["outcome"], line["status"], line["events"]) == ("engine_failed", 200, events)
+    await assert_nothing_held(gateway)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_after_the_end_mark_nobody_notices(gateway: Gateway, upstream: ScriptedUpstream, ending: Do) -> None:
+    upstream.queue(dies(STREAM, STREAM.before_last_chunk, ending), path=CHAT)
+    answer = await gateway.ask(chat(stream=True))
+    assert (answer.status, answer.complete, answer.events()) == (200, True, EVENTS)
+    assert (await gateway.line())["outcome"] == "ok"
+    await upstream.saw("ended", request=relayed(upstream)[0].index)
+    await gateway.idle()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_a_whole_answer_that_breaks_off_is_a_502(
+    gateway: Gateway, upstream: ScriptedUpstream, ending: Do
+) -> None:
+    """Also where what came is JSON by itself: the length tells."""
+    script = json_answer(b"{}" + b" " * 100)
+    for place in (script.after_head, script.after_head + 2):
+        upstream.queue(dies(script, place, ending), path=CHAT)
+        answer = await gateway.ask(chat())
+        assert (answer.status, error_of(answer)["code"]) == (502, "engine_failed")
+    await assert_nothing_held(gateway)
+
+
+UNREADABLE = {
+    "no HTTP": garbage(),
+    "endless headers": Script(b"HTTP/1.1 200 OK\r\n" + b"x-more: x\r\n" * 10_000),
+    "no JSON": json_answer(b"<html>oops</html>"),
+    "no object": json_answer(b"[1]"),
+    "nothing": json_answer(b""),
+    "cut JSON": json_answer(b'{"model":"smollm2","choices":['),
+    "deeply nested": json_answer(b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("script", UNREADABLE.values(), ids=UNREADABLE)
+async def test_what_cannot_be_read_is_a_502(gateway: Gateway, upstream: ScriptedUpstream, script: Script) -> None:
+    upstream.queue(script, path=CHAT)
+    answer = await gateway.ask(chat())
+    assert (answer.status, error_of(answer)["code"]) == (502, "engine_failed")
+    await gateway.idle()
+
+
+async def test_an_endless_first_event_is_a_502(gateway: Gateway, upstream: ScriptedUpstream) -> None:
+    """What is held back is bounded."""
+    upstream.queue(event_stream(endless_event(3_000_000)), path=CHAT)
+    answer = await gateway.ask(chat(stream=True))
+    assert (answer.status, error_of(answer)["code"]) == (502, "engine_failed")
+    assert "1048576 bytes" in error_of(answer)["message"]
+    await assert_nothing_held(gateway)
+
+
+async def test_an_endless_later_event_ends_the_stream(gateway: Gateway, upstream: ScriptedUpstream) -> None:
+    upstream.queue(event_stream([RECORDED.events()[0], *endless_event(3_000_000)]), path=CHAT)
+    answer = await gateway.ask(chat(stream=True))
+    first, last = answer.events()
+    assert first == EVENTS[0]
+    assert "1048576 bytes" in json.loads(last.removeprefix(b"data: "))["error"]["message"]
+    await assert_nothing_held(gateway)
+
+
+async def test_an_event_as_large_as_allowed_passes(gateway: Gateway, upstream: ScriptedUpstream) -> None:
+    large = b'data: {"model":"smollm2","pad":"%b"}\n\n' % (b"x" * 1_000_000)
+    upstream.queue(event_stream([large, DONE]), path=CHAT)
+    answer = await gateway.ask(chat(stream=True))
+    assert answer.events() == [large.replace(b"smollm2", MODEL.encode()), DONE]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_a_kept_connection_that_was_closed_costs_nothing(
+    gateway: Gateway, upstream: ScriptedUpstream, ending: Do
+) -> None:
+    """The engine closed it just as the request went out: it is sent again, once, on a new connection."""
+    upstream.queue(json_answer(b"{}"), nothing().do(ending), STREAM, path=CHAT)
+    await gateway.ask(chat())
+    answer = await gateway.ask(chat(stream=True))
+    assert answer.events() == EVENTS
+    seen = relayed(upstream)
+    assert seen[1].body == seen[2].body
+    assert seen[0].connection == seen[1].connection != seen[2].connection
+    assert gateway.replica.pool.endpoints[0].connections.accepted == 2
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_a_new_connection_that_closes_is_no_stale_one(
+    gateway: Gateway, upstream: ScriptedUpstream, ending: Do
+) -> None:
+    """The engine may have worked on it: one engine, one attempt."""
+    upstream.queue(json_answer(b"{}"), nothing().do(ending), nothing().do(ending), STREAM, path=CHAT)
+    await gateway.ask(chat())
+    answer = await gateway.ask(chat(stream=True))
+    assert (answer.status, error_of(answer)["code"]) == (502, "engine_failed")
+    assert len(relayed(upstream)) == 3
+
+
+Pair = tuple[Gateway, ScriptedUpstream, ScriptedUpstream]
+
+
+@pytest.fixture
+async def pair(start_gateway: StartGateway, journal: Journal, upstream: ScriptedUpstream) -> AsyncIterator[Pair]:
+    """A gateway in front of two engines; the second always answers well."""
+    async with ScriptedUpstream(journal=journal, name="second") as second:
+        second.always(STREAM, path=CHAT)
+        upstream.always(STREAM, path=CHAT)
+        yield await start_gateway(serving(upstream), serving(second)), upstream, second
+
+
+@pytest.mark.parametrize("place", BEFORE_THE_FIRST_EVENT.values(), ids=BEFORE_THE_FIRST_EVENT)
+async def test_another_engine_is_asked_before_the_first_event(pair: Pair, place: int) -> None:
+    """The client sees one whole stream, whichever engine was tried first."""
+    gateway, first, second = pair
+    for engine in (first, second):
+        engine.queue(dies(STREAM, place, Do.RESET), path=CHAT)
+    answers = [await gateway.ask(chat(stream=True)) for _ in range(3)]
+    # Each engine fails once: both when the first request tries them, then never again.
+    assert [answer.status for answer in answers] == [502, 200, 200]
+    assert answers[1].events() == EVENTS
+    assert [line["attempts"] for line in gateway.lines("request")] == [2, 1, 1]
+    await gateway.idle()
+
+
+async def test_one_dead_engine_of_two_is_never_seen(
+    pair: Pair,
+) -> None:
+    gateway, first, _ = pair
+    first.always(nothing().do(Do.RESET), path=CHAT)
+    answers = [await gateway.ask(chat(stream=True)) for _ in range(4)]
+    assert [(answer.status, answer.events()) for answer in answers] == [(200, EVENTS)] * 4
+    assert sum(line["attempts"] for line in gateway.lines("request")) > 4
+    await gateway.idle()
+
+
+async def test_no_other_engine_is_asked_after_the_first_event(
+    pair: Pair,
+) -> None:
+    """What the client has read cannot be taken back."""
+    gateway, first, second = pair
+    for engine in (first, second):
+        engine.always(dies(STREAM, STREAM.after_frame(0), Do.RESET), path=CHAT)
+    answer = await gateway.ask(chat(stream=True))
+    assert answer.events()[0] == EVENTS[0]
+    assert b'"engine_failed"' in answer.events()[-1]
+    assert len(relayed(first)) + len(relayed(second)) == 1
+
+
+async def test_another_engine_is_asked_after_a_heartbeat(pair: Pair, connect: Connect) -> None:
+    """A comment is no event: the status is out, and the client still gets one whole stream."""
+    gateway, first, second = pair
+    gates = {engine.name: Gate() for engine in (first, second)}
+    for engine in (first, second):
+        engine.queue(nothing().do(gates[engine.name]).do(Do.RESET), path=CHAT)
+    client = await connect(gateway.url)
+    client.post(CHAT, chat(stream=True), AUTH)
+    asked = await first.journal.saw("gate")
+    for engine in (first, second):
+        engine.plan.queued.clear()
+    gateway.advance(15)
+    await client.head()
+    assert await client.event() == b": keep-alive\n\n"
+    gates[asked.who].open()
+    assert await client.events() == EVENTS
+    assert gateway.lines("request")[0]["attempts"] == 2
+
+
+async def test_an_unreachable_engine_is_left_alone_afterwards(
+    pair: Pair,
+) -> None:
+    """Only the first request pays for finding out."""
+    gateway, first, second = pair
+    first.refuse()
+    for connection in first.connections:
+        connection.finish(Do.CLOSE)
+    answers = [await gateway.ask(chat(stream=True)) for _ in range(6)]
+    assert [answer.status for answer in answers] == [200] * 6
+    assert sum(line["attempts"] for line in gateway.lines("request")) == 7
+    assert len(relayed(second)) == 6
+    healthy = {endpoint.name: endpoint.healthy for endpoint in gateway.replica.pool.endpoints}
+    assert healthy == {first.url: False, second.url: True}
+
+
+async def test_a_full_engine_hands_over(pair: Pair) -> None:
+    """503 before the work, and SGLang's way of saying it as the first event of a stream."""
+    gateway, first, second = pair
+    full = [
+        play(load("vllm", "s2_over_4")),
+        play(load("sglang", "q_full_stream")),
+        Answer(429, pieces=[b"{}"]).script(),
+    ]
+    for script in full:
+        first.always(script, path=CHAT)
+        answers = [await gateway.ask(chat(stream=True)) for _ in range(2)]
+        assert [answer.events() for answer in answers] == [EVENTS] * 2
+    assert len(relayed(second)) == 6
