@@ -496,26 +496,26 @@ def _serve_upstreams(plan: Plan, display: Display) -> int:
 
     # A reload reads file and environment again, and must find there what was typed.
     os.environ.update(to_environment(plan.overrides))
-    key, notes = _key_or_note(plan.settings)
-    greeter = threading.Thread(target=_greet_when_ready, args=(plan.settings, key, notes, display), daemon=True)
-    greeter.start()
+    key, notes = key_or_note(plan.settings)
+    greeting = greet_when_ready(plan.settings, key, notes, display)
+    threading.Thread(target=asyncio.run, args=(greeting,), name="greeting", daemon=True).start()
     return run(plan.settings, plan.config)
 
 
-def _greet_when_ready(settings: Settings, key: str | None, notes: tuple[str, ...], display: Display) -> None:
-    async def greet() -> None:
-        try:
-            models = await asyncio.wait_for(look_until_ready(settings), UPSTREAM_PATIENCE)
-        except TimeoutError:
-            urls = ", ".join(upstream.url for upstream in settings.upstreams)
-            display.say(f"no engine answers at {urls}; requests get a 503 until one does")
-            models = await look_until_ready(settings)
-        print(Greeting(settings, key, models, notes).text(), flush=True)
+async def greet_when_ready(
+    settings: Settings, key: str | None, notes: tuple[str, ...], display: Display, patience: float = UPSTREAM_PATIENCE
+) -> None:
+    """Print the greeting as soon as an engine answers; after `patience` seconds say that none does yet."""
+    try:
+        models = await asyncio.wait_for(look_until_ready(settings), patience)
+    except TimeoutError:
+        urls = ", ".join(upstream.url for upstream in settings.upstreams)
+        display.say(f"no engine answers at {urls}; requests get a 503 until one does")
+        models = await look_until_ready(settings)
+    print(Greeting(settings, key, models, notes).text(), flush=True)
 
-    asyncio.run(greet())
 
-
-def _key_or_note(settings: Settings) -> tuple[str | None, tuple[str, ...]]:
+def key_or_note(settings: Settings) -> tuple[str | None, tuple[str, ...]]:
     """A fresh key where there is none yet, so that a first request works; else a word on where keys come from.
 
     It is shown to a person only: where the output may be a log that others read, no key is made.

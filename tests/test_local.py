@@ -25,7 +25,9 @@ from gateway.local import (
     StartError,
     StopRequested,
     check_ports,
+    greet_when_ready,
     interruptible,
+    key_or_note,
     make_plan,
     make_start_key,
     minder_for,
@@ -230,6 +232,48 @@ def test_an_address_of_another_machine_and_a_port_of_root_s(monkeypatch: pytest.
     monkeypatch.setattr(socket.socket, "bind", refuse)
     with pytest.raises(StartError, match="port 80 needs more rights than this user has; choose one above 1023"):
         check_ports(Settings.model_validate({"listen": {"port": 80}, **no_admin}))
+
+
+# --- greeting and keys -------------------------------------------------------------------------------------------
+
+
+async def test_a_person_is_told_when_no_engine_answers_and_when_one_does(
+    house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = {"listen": {"port": house.port}, "upstreams": [{"url": "http://a:1"}, {"url": "http://b:1"}]}
+    settings = Settings.model_validate(tree)
+    greeting = asyncio.create_task(greet_when_ready(settings, "fb-key", ("A note.",), house.display, patience=0))
+    while not house.said.getvalue():
+        await asyncio.sleep(0)
+    assert house.said.getvalue() == (
+        "forebay: no engine answers at http://a:1, http://b:1; requests get a 503 until one does\n"
+    )
+    assert capsys.readouterr().out == ""
+    await house.replica.start()
+    await greeting
+    await house.replica.stop()
+    shown = capsys.readouterr().out
+    assert "Models: fake-model\n" in shown
+    assert "fb-key" in shown
+    assert "A note." in shown
+
+
+def test_a_key_is_made_only_where_there_is_none_and_only_for_a_person() -> None:
+    local, network = Settings(), Settings.model_validate({"listen": {"host": "0.0.0.0"}})
+    assert key_or_note(network) == (
+        None,
+        ("Keys: none yet, nobody is let in; make one with: forebay keys create --name NAME",),
+    )
+    first, second = key_or_note(local), key_or_note(local)
+    assert first[0] is not None
+    assert second[0] not in (None, first[0])
+    with KeyStore(local.state_url) as store:
+        assert len(store.load_all().records) == 1
+        store.create("alice")
+    known = (None, ("Keys: 1 known by name; make another with: forebay keys create --name NAME",))
+    assert key_or_note(local) == known
+    assert key_or_note(network) == known
+    assert key_or_note(Settings(auth="none")) == (None, ())
 
 
 # --- plans -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,363 @@
+"""The `forebay` command: what is typed, what comes out on which stream, and the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from typer.testing import CliRunner, Result
+
+from gateway.cli import app
+from gateway.settings import load
+from gateway.state.keys import KeyStore
+from tests.support.sockets import bind_free, free_port
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 60.0
+"""Seconds after which what should have happened counts as failed; nothing waits that long when all is well."""
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty data directory and an empty working directory, and no settings of the person who runs the tests."""
+    for name in [name for name in os.environ if name.startswith("FOREBAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FOREBAY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"
+
+
+def forebay(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [*arguments], input=stdin, catch_exceptions=False)
+
+
+def refused(*arguments: str, stdin: str | None = None) -> str:
+    """Run a command that must fail as expected; return the one thing it says."""
+    result = forebay(*arguments, stdin=stdin)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    return result.stderr.removeprefix("forebay: ").removesuffix("\n")
+
+
+# --- help and versions -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", ["serve", "doctor", "config check", "config schema", "keys create", "keys import", "keys revoke",
+                "engines install", "engines run"]
+)  # fmt: skip
+def test_help_teaches_by_example(command: str) -> None:
+    shown = forebay(*command.split(), "--help").stdout
+    assert re.search(rf"Examples?:\s.*forebay {command}", shown, re.DOTALL)
+
+
+def test_nothing_typed_shows_what_there_is() -> None:
+    shown = forebay().output
+    for command in ("serve", "doctor", "version", "config", "keys", "engines"):
+        assert command in shown
+
+
+def test_version() -> None:
+    assert re.match(r"forebay .+, Python 3\.\d+\.\d+", forebay("version").stdout)
+
+
+def test_a_wrong_command_line_is_exit_code_two() -> None:
+    assert forebay("keys", "create").exit_code == 2
+    assert forebay("serve", "--device", "tpu").exit_code == 2
+
+
+# --- config ------------------------------------------------------------------------------------------------------
+
+
+def test_config_check() -> None:
+    Path("forebay.yaml").write_text("listen: {port: 9000}\n")
+    result = forebay("config", "check")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "forebay.yaml: fine\n", "")
+
+
+def test_config_check_tells_every_mistake_on_its_own_line() -> None:
+    Path("f.yaml").write_text("listen: {prot: 1}\nauth: nobody\n")
+    result = forebay("config", "check", "f.yaml")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert sorted(result.stderr.splitlines()) == [
+        "forebay: auth: should be 'keys' or 'none'",
+        "forebay: listen.prot: unknown key; did you mean listen.port?",
+    ]
+
+
+def test_config_check_refuses_a_database_that_cannot_work() -> None:
+    Path("f.yaml").write_text("state: {url: mysql://u:hunter2@h/d}\n")
+    said = refused("config", "check", "f.yaml")
+    assert said == "state.url: mysql is not supported; use sqlite or postgresql"
+
+
+def test_config_check_is_loud_about_an_open_gateway() -> None:
+    Path("f.yaml").write_text("auth: none\nlisten: {host: 0.0.0.0}\n")
+    result = forebay("config", "check", "f.yaml")
+    assert result.exit_code == 0
+    assert (
+        "WARNING: auth is none and 0.0.0.0 is no loopback address: everybody who can reach port 8000" in result.stderr
+    )
+    Path("f.yaml").write_text("auth: none\n")
+    assert forebay("config", "check", "f.yaml").stderr == ""
+
+
+def test_config_schema_is_json() -> None:
+    schema = json.loads(forebay("config", "schema").stdout)
+    assert schema["title"] == "forebay.yaml"
+    assert "listen" in schema["properties"]
+
+
+# --- keys --------------------------------------------------------------------------------------------------------
+
+
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def stored() -> Mapping[bytes, object]:
+    with KeyStore(load(None).state_url) as store:
+        return store.load_all().records
+
+
+def test_a_created_key_is_alone_on_standard_output(home: Path) -> None:
+    result = forebay("keys", "create", "--name", "alice")
+    key = result.stdout.removesuffix("\n")
+    assert re.fullmatch(r"fb-[0-9a-f]{12}-\w{43}", key)
+    assert f"Revoke it: forebay keys revoke {key.split('-')[1]}" in result.stderr
+    assert digest(key) in stored()
+    assert (home / "forebay.db").exists()
+
+
+def test_a_key_is_created_with_its_limits() -> None:
+    before = datetime.now(UTC)
+    key = forebay(
+        "keys", "create", "--name", "a", "--tenant", "t", "--model", "m", "--model", "q*", "--max-tokens", "5", "--n",
+        "2", "--context", "9", "--expires", "30d",
+    ).stdout.strip()  # fmt: skip
+    with KeyStore(load(None).state_url) as store:
+        record = store.load_all().records[digest(key)]
+    assert (record.tenant, record.models) == ("t", ("m", "q*"))
+    assert (record.caps.max_tokens, record.caps.n, record.caps.context) == (5, 2, 9)
+    assert record.expires_at is not None
+    assert before <= record.expires_at - timedelta(days=30) <= datetime.now(UTC)
+
+
+def test_a_date_to_expire_at_is_utc() -> None:
+    forebay("keys", "create", "--name", "a", "--expires", "2030-01-31")
+    forebay("keys", "create", "--name", "b", "--expires", "2030-01-31T12:00+02:00")
+    listed = json.loads(forebay("keys", "list", "--json").stdout)
+    assert [row["expires"] for row in listed] == ["2030-01-31T00:00+00:00", "2030-01-31T10:00+00:00"]
+    assert refused("keys", "create", "--name", "a", "--expires", "soon").startswith("--expires soon: should be a time")
+
+
+def test_keys_are_imported_by_hash_from_a_file_and_from_standard_input() -> None:
+    Path("key").write_text("sk-in-a-file\n")
+    ids = [
+        forebay("keys", "import", "--name", "a", "--sha256", digest("sk-hashed").hex()).stdout.strip(),
+        forebay("keys", "import", "--name", "b", "--key-file", "key").stdout.strip(),
+        forebay("keys", "import", "--name", "c", "--key-file", "-", stdin="sk-typed\n").stdout.strip(),
+    ]
+    assert set(stored()) == {digest("sk-hashed"), digest("sk-in-a-file"), digest("sk-typed")}
+    assert [row["id"] for row in json.loads(forebay("keys", "list", "--json").stdout)] == ids
+    assert refused("keys", "import", "--name", "d", "--key-file", "key") == f"this key is already here: {ids[1]}"
+    assert refused("keys", "import", "--name", "d") == "give the key by exactly one of --sha256 and --key-file"
+
+
+def test_keys_are_revoked_and_listed() -> None:
+    key = forebay("keys", "create", "--name", "alice").stdout.strip()
+    public_id = key.split("-")[1]
+    forebay("keys", "create", "--name", "old", "--expires", "2020-01-01")
+    assert forebay("keys", "revoke", public_id).stdout == f"revoked {public_id} (alice)\n"
+    assert digest(key) not in stored()
+    assert refused("keys", "revoke", public_id).startswith(f"no key '{public_id}' to revoke")
+    Path("forebay.yaml").write_text("keys: [{name: declared, key: k, models: []}]\n")
+    rows = [line.split() for line in forebay("keys", "list").stdout.splitlines()]
+    assert rows[0] == ["id", "name", "tenant", "models", "state", "expires", "from"]
+    assert rows[1] == ["-", "declared", "declared", "none", "live", "never", "file"]
+    assert rows[2] == [public_id, "alice", "alice", "all", "revoked", "never", "database"]
+    assert rows[3][1:5] == ["old", "old", "all", "expired"]
+    assert key not in forebay("keys", "list").stdout
+
+
+def test_a_name_the_file_declares_is_not_for_the_database() -> None:
+    Path("forebay.yaml").write_text("keys: [{name: alice, key: k}]\n")
+    said = refused("keys", "create", "--name", "alice")
+    assert said == "'alice' is declared in the configuration, which wins; take another --name or change the file"
+
+
+def test_a_database_that_cannot_be_opened_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("taken").write_text("")
+    monkeypatch.setenv("FOREBAY_HOME", "taken")
+    assert refused("keys", "list").startswith("the state database taken/forebay.db cannot be made: ")
+
+
+# --- engines and doctor ------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_cannot_be_installed_is_one_line() -> None:
+    said = refused("engines", "install", "nothing")
+    assert said.startswith("Forebay cannot install nothing on cpu, only ")
+    assert "\n" not in said
+
+
+def test_an_engine_of_no_known_kind_cannot_be_run() -> None:
+    assert refused("engines", "run", "vlm") == "engines[0].kind: is no engine; did you mean vllm?"
+
+
+def test_a_port_in_use_is_one_line_before_anything_starts(home: Path) -> None:
+    with bind_free() as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = refused("serve", "--port", str(port))
+    assert said.startswith(f"port {port} of 127.0.0.1 is in use; stop the program that uses it or choose another port")
+    assert "\n" not in said
+    assert not home.exists()
+
+
+# --- serve, as a process of its own ------------------------------------------------------------------------------
+
+
+class Command:
+    """A `forebay` that runs, with its output and all processes it has started."""
+
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], directory: Path) -> None:
+        self.out, self.err = directory / "out", directory / "err"
+        self.order = directory / "order"
+        self.order.touch()
+        with self.out.open("wb") as out, self.err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, "FAKE_ORDER": str(self.order), **environment, "PYTHONPATH": str(ROOT)},
+            )
+        self.family: list[psutil.Process] = []
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition on files holds while the command runs."""
+        until = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, self.err.read_text()
+            assert time.monotonic() < until, self.err.read_text() + self.out.read_text()
+            select.select([], [], [], 0.02)
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_ready(self) -> str:
+        """Wait for the greeting and return it."""
+        self.wait_for(lambda: "\ncurl " in self.out.read_text() and self.out.read_text().endswith("\n\n"))
+        return self.out.read_text()
+
+    def end(self, number: signal.Signals) -> int:
+        """Send a signal and return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def left(self) -> list[psutil.Process]:
+        """Return which of its processes outlive it for longer than an orphan may."""
+        _, alive = psutil.wait_procs(self.family, timeout=PATIENCE)
+        return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+Start = Callable[..., Command]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start commands: ``start("serve", …)``, ``fakes=True`` for a fake engine; they are ended with the test."""
+    started: list[Command] = []
+
+    def start_command(*arguments: str, fakes: bool = True, **environment: str) -> Command:
+        module = "tests.serve_with_fakes" if fakes else "gateway.cli"
+        ports = {"FOREBAY_ADMIN__PORT": "0", "FOREBAY_LISTEN__PORT": "0"}
+        started.append(Command(module, arguments, {**ports, **environment}, tmp_path))
+        return started[-1]
+
+    yield start_command
+    for command in started:
+        for process in command.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        command.process.kill()
+        command.process.wait()
+
+
+def pasted(greeting: str) -> tuple[str, str]:
+    """Return base URL and key of a greeting's command."""
+    command = re.search(r"curl (\S+)/v1/chat/completions .*?Bearer (\S+)'", greeting, re.DOTALL)
+    assert command is not None, greeting
+    return command[1], command[2]
+
+
+def test_serve_runs_engine_and_gateway_and_ctrl_c_stops_both(start: Start) -> None:
+    command = start("serve")
+    url, key = pasted(command.wait_ready())
+    answer = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"})
+    assert [model["id"] for model in answer.json()["data"]] == ["fake-model"]
+    assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer other"}).status_code == 401
+    assert len(command.family) >= 3  # the gateway, the engine and its supervisor
+    assert command.end(signal.SIGINT) == 0
+    assert command.order.read_text() == "engine up\nengine down\n"
+    said = command.err.read_text()
+    assert "install fake: done in 0 s" in said
+    assert said.index('"event":"stopped"') < said.index("forebay: stopped")
+    assert command.left() == []
+
+
+def test_an_open_gateway_is_said_loudly_and_a_second_signal_ends_it_now(start: Start) -> None:
+    command = start("serve", "--host", "0.0.0.0", "--auth", "none", FAKE_GATEWAY="--stubborn")
+    greeting = command.wait_ready()
+    assert "WARNING: auth is none and 0.0.0.0 is no loopback address" in command.err.read_text()
+    assert "Bearer" not in greeting
+    command.process.send_signal(signal.SIGTERM)
+    command.wait_for(lambda: "stopping in order" in command.err.read_text())
+    assert command.end(signal.SIGTERM) == 128 + signal.SIGTERM
+    assert command.left() == []
+
+
+def test_a_killed_command_leaves_nothing(start: Start) -> None:
+    command = start("serve", FAKE_GATEWAY="")
+    command.wait_ready()
+    assert command.end(signal.SIGKILL) == -signal.SIGKILL
+    assert command.left() == []
+
+
+def test_a_signal_while_it_installs_stops_it(start: Start, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "gate")
+    command = start("serve", FAKE_INSTALL=str(tmp_path / "gate"))
+    command.wait_for(lambda: "install fake: pretending" in command.err.read_text())
+    assert command.end(signal.SIGTERM) == 0
+    assert command.err.read_text() == "install fake: pretending\nforebay: stopped\n"
+
+
+def test_serve_in_front_of_a_running_engine_needs_no_child(start: Start, tmp_path: Path) -> None:
+    port = free_port()
+    engine = [sys.executable, str(ROOT / "tests" / "fake_child.py"), "engine", str(tmp_path / "engine-order")]
+    with subprocess.Popen([*engine, "--port", str(port)]) as running:
+        try:
+            command = start("serve", "--upstream", f"http://127.0.0.1:{port}", fakes=False)
+            url, key = pasted(command.wait_ready())
+            answer = httpx.get(f"{url}/v1/models/fake-model", headers={"authorization": f"Bearer {key}"})
+            assert answer.json()["max_model_len"] == 2048
+            assert command.family == []
+            assert command.end(signal.SIGTERM) == 0
+        finally:
+            running.terminate()
