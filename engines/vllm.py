@@ -145,8 +145,8 @@ def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
         return _USAGE_ONLY
     try:
         wanted = msgspec.json.decode(options, type=dict[str, msgspec.Raw])
-    except ValueError:
-        # No object, or a key that is not UTF-8: the engine says what is wrong with it, in its own words.
+    except (ValueError, RecursionError):
+        # No object, a key that is not UTF-8, or too deep: the engine says what is wrong with it, in its own words.
         return options
     wanted["include_usage"] = msgspec.Raw(b"true")
     return msgspec.Raw(_encode(wanted))

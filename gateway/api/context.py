@@ -36,7 +36,8 @@ def fit_context(
     if prompt + max(output, 1 if route.token_fields else 0) > cap:
         return _too_long(cap, f"the prompt has {prompt} and the output limit is {output}")
     if route.token_fields and asked.max_tokens is None:
-        asked.max_tokens = cap - prompt
+        left = cap - prompt
+        asked.max_tokens = left if route.implied_tokens is None else min(left, route.implied_tokens)
         asked.fields[route.token_fields[-1]] = msgspec.Raw(b"%d" % asked.max_tokens)
     return None
 

@@ -19,7 +19,23 @@ from gateway.errors import Kind, Refusal
 from gateway.serving.dialect import Route
 
 _SCHEME = re.compile(r"[\s\x00-\x20]*([A-Za-z][A-Za-z0-9+.\-]*):")
-_TEXT_KEYS = frozenset({"text", "refusal", "thinking", "role", "type", "name", "id", "tool_call_id", "arguments"})
+_TEXT_KEYS = frozenset(
+    {
+        "text",
+        "refusal",
+        "thinking",
+        "reasoning",
+        "reasoning_content",
+        "title",
+        "context",
+        "role",
+        "type",
+        "name",
+        "id",
+        "tool_call_id",
+    }
+)
+_TEXT_TREES = frozenset({"annotations", "citations", "arguments"})
 _BASE64_KEYS = frozenset({"data", "file_data"})
 
 
@@ -84,7 +100,7 @@ def _suspects(value: Any) -> Iterator[tuple[str, str]]:
 
 def _is_text(name: str, inner: Any, part: Any) -> bool:
     """Tell whether a value is only ever shown to the model: texts, what a tool was given, what an answer cited."""
-    if name in ("annotations", "citations") or (name == "input" and part == "tool_use"):
+    if name in _TEXT_TREES or (name == "input" and part == "tool_use"):
         return True
     return name in _TEXT_KEYS and isinstance(inner, str)
 
@@ -92,17 +108,21 @@ def _is_text(name: str, inner: Any, part: Any) -> bool:
 def _judge(key: str, text: str, rules: MediaRules, limit: int) -> Refusal | None:
     if key.endswith("_embeds"):
         return Refusal(Kind.MEDIA, f"{key!r} is not accepted: tensors of a client are never loaded.")
-    if key in _BASE64_KEYS:
+    if key in _BASE64_KEYS and len(text) > limit:
         return _too_large(len(text), limit)
+    is_url = key.endswith("url")
     match = _SCHEME.match(text)
     if match is None:
-        return None
+        if not is_url:
+            return None
+        # Engines differ in what they make of it: one removes line breaks inside a scheme, one opens a path of its disk.
+        return Refusal(Kind.MEDIA, f"{key!r} holds no URL. Send the content as a data URL (data:image/png;base64,…).")
     scheme = match[1].lower()
     if scheme == "data":
         return _too_large(len(text), limit)
     if scheme not in ("http", "https"):
         # "note: see below" under a key of a tool's result is text; what engines open is file://, ftp:// and their like.
-        if "//" not in text[match.end() : match.end() + 2] and scheme != "file":
+        if not is_url and scheme != "file" and not text.startswith("//", match.end()):
             return None
         return Refusal(Kind.MEDIA, f"URLs with the scheme {scheme!r} are not accepted. Send a data URL.")
     return _remote(text, rules)

@@ -23,10 +23,23 @@ FORBIDDEN = frozenset().union(*(engine.control_fields for engine in ENGINES.valu
 
 MAX_MODEL_NAME = 256
 
+_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "length_penalty",
+)
+
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_any = msgspec.json.Decoder().decode
 _decode_string = msgspec.json.Decoder(str).decode
 _decode_int = msgspec.json.Decoder(int, strict=True).decode
 _SURROGATE = re.compile(rb"\\u([dD][89a-fA-F][0-9a-fA-F]{2})")
+_NUMBER = frozenset({b"-", *(b"%d" % digit for digit in range(10))})
 _NULL, _TRUE, _FALSE = b"null", b"true", b"false"
 _TEMPLATE_KEYS = frozenset({"chat_template", "tokenize", "conversation", "tools", "documents"})
 
@@ -44,7 +57,8 @@ class Asked:
 
 def read_body(body: bytes, route: Route, caps: Caps, media: MediaRules) -> Asked | Refusal:
     """Check a body against everything that can be said without knowing which engine will serve it."""
-    fields = _take_apart(body)
+    # First, since the reader of JSON calls half a surrogate pair a body cut short.
+    fields = check_surrogates(body) or _take_apart(body)
     if isinstance(fields, Refusal):
         return fields
     if not FORBIDDEN.isdisjoint(fields):
@@ -58,7 +72,7 @@ def read_body(body: bytes, route: Route, caps: Caps, media: MediaRules) -> Asked
         return stream
     if stream and not route.streams:
         return Refusal(Kind.INVALID, f"{route.path} does not stream. Leave 'stream' out.", "stream")
-    refusal = _refused(fields, route) or check_surrogates(body)
+    refusal = _refused(fields, route) or _check_numbers(fields)
     if refusal is not None:
         return refusal
     max_tokens = _hold_caps(fields, route, caps)
@@ -74,6 +88,9 @@ def read_body(body: bytes, route: Route, caps: Caps, media: MediaRules) -> Asked
 def _take_apart(body: bytes) -> dict[str, msgspec.Raw] | Refusal:
     if not body:
         return Refusal(Kind.INVALID, "The body is empty. Send a JSON object.")
+    if not body.isascii() and not _is_utf8(body):
+        # Fields are passed on as bytes and mostly not decoded here: the engine would fail on them.
+        return Refusal(Kind.INVALID, "The body is not valid UTF-8. Send JSON encoded as UTF-8.")
     try:
         return _decode_fields(body)
     except msgspec.ValidationError:
@@ -82,6 +99,14 @@ def _take_apart(body: bytes) -> dict[str, msgspec.Raw] | Refusal:
         return Refusal(Kind.INVALID, f"The body is not valid JSON: {error}.")
     except RecursionError:
         return Refusal(Kind.INVALID, "The body is nested too deeply to be read.")
+
+
+def _is_utf8(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _model(fields: dict[str, msgspec.Raw]) -> str | Refusal:
@@ -123,6 +148,18 @@ def _refused(fields: dict[str, msgspec.Raw], route: Route) -> Refusal | None:
         if taken:
             told = f"'chat_template_kwargs' may not hold {taken[0]!r}: the template is the model's own."
             return Refusal(Kind.FORBIDDEN_FIELD, told, "chat_template_kwargs")
+    return None
+
+
+def _check_numbers(fields: dict[str, msgspec.Raw]) -> Refusal | None:
+    """Refuse numbers such as 1e999: JSON allows them, and an engine computes with infinity then."""
+    for name in _FLOATS:
+        raw = fields.get(name)
+        if raw is not None:
+            try:
+                _decode_any(raw)
+            except (msgspec.DecodeError, RecursionError):
+                return Refusal(Kind.INVALID, f"The field {name!r} holds no number that can be computed with.", name)
     return None
 
 
@@ -171,7 +208,7 @@ def _hold_caps(fields: dict[str, msgspec.Raw], route: Route, caps: Caps) -> int 
             return Refusal(Kind.INVALID, told, name)
         stated = value if stated is None else stated
     if stated is None and route.token_fields and caps.max_tokens is not None:
-        stated = caps.max_tokens
+        stated = caps.max_tokens if route.implied_tokens is None else min(caps.max_tokens, route.implied_tokens)
         fields[route.token_fields[-1]] = msgspec.Raw(b"%d" % stated)
     if caps.n is not None:
         refusal = _hold_n(fields, route, caps.n)
@@ -197,10 +234,12 @@ def _prompts(raw: msgspec.Raw | None) -> int:
     if raw is None or not bytes(raw).lstrip().startswith(b"["):
         return 1
     try:
-        prompts = msgspec.json.decode(raw, type=list[str | list[int] | int])
-    except (msgspec.DecodeError, RecursionError):
+        prompts = _decode_list(raw)
+    except RecursionError:
+        # Nested so deep that no engine takes it for prompts.
         return 1
-    return 1 if prompts and isinstance(prompts[0], int) else max(1, len(prompts))
+    # One prompt as token ids begins with a number; engines take numbers in strings as such too, so "1" counts as text.
+    return 1 if prompts and bytes(prompts[0])[:1] in _NUMBER else max(1, len(prompts))
 
 
 def _count(fields: dict[str, msgspec.Raw], name: str) -> int | Refusal | None:

@@ -29,6 +29,7 @@ RELAYED: dict[str, Route] = {
             OPENAI,
             "Create a completion",
             token_fields=("max_tokens",),
+            implied_tokens=16,
             n_fields=("n", "best_of"),
             streams=True,
             asks_usage=True,

@@ -74,6 +74,8 @@ class Route:
     dialect: Dialect
     summary: str
     token_fields: tuple[str, ...] = ()
+    implied_tokens: int | None = None
+    """The output limit that holds where a client states none; None: what the model's context leaves."""
     n_fields: tuple[str, ...] = ()
     streams: bool = False
     asks_usage: bool = False
