@@ -31,6 +31,9 @@ LINGER = 2.0
 LINGER_BYTES = 4 * 1024 * 1024
 """How long and how much a refused request's body is still read, unseen, so that the client gets to read the answer."""
 
+SIZE_LINES = tuple(b"%x\r\n" % size for size in range(2048))
+"""The first line of a chunk, by its size: formatting it would cost more than sending it."""
+
 CLOSE_EXTENSION = "forebay.close"
 """ASGI extension: a callable that has the connection closed after the answer being sent."""
 
@@ -477,7 +480,11 @@ class RelayedCycle:
 
     def send(self, data: bytes) -> None:
         """Send more of a stream."""
-        self._protocol.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        if self._chunked:
+            size = len(data)
+            line = SIZE_LINES[size] if size < len(SIZE_LINES) else b"%x\r\n" % size
+            data = b"".join((line, data, b"\r\n"))
+        self._protocol.transport.write(data)
 
     def end_stream(self, data: bytes, *, close: bool) -> None:
         """Send the last bytes of a stream."""

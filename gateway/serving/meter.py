@@ -107,6 +107,8 @@ class Meter:
         "_hide_usage",
         "_max_event",
         "_needle",
+        "_new_prefix",
+        "_prefix",
         "_public",
         "_replacement",
         "_tail",
@@ -128,6 +130,8 @@ class Meter:
         # Learnt from the first event that names the model: engines differ in spacing and may answer with an alias.
         self._needle: bytes | None = None
         self._replacement = b""
+        self._prefix: bytes | None = None
+        self._new_prefix = b""
         self.events = 0
         self.usage: Usage | None = None
         self.ended = False
@@ -141,22 +145,14 @@ class Meter:
 
     def feed(self, data: bytes) -> bytes:
         """Take what was read, return the whole events the client may have (perhaps none)."""
-        if (
-            self._needle is not None
-            and not self._tail
-            and data.startswith(b"data: {")
-            and data.endswith(b"\n\n")
-            and data.count(b"\n") == 2
-            and b'"usage"' not in data
-            and b'"error"' not in data
-            and b"\r" not in data
-            and not self._cr
-            and not self.ended
-            and self.failure is None
-        ):
-            # A stream at a real pace: one read is one plain event. Everything below would come to the same.
-            self.events += 1
-            return data.replace(self._needle, self._replacement) if self._needle else data
+        prefix = self._prefix
+        if prefix is not None and data.startswith(prefix) and data.endswith(b"\n\n"):
+            # A stream at a real pace: one read is one event of the stream's own kind. It begins like the first one
+            # did, up to the model's name; what is left to see is that it is one line and holds no usage.
+            length = len(prefix)
+            if data.find(b"\n", length) == len(data) - 2 and data.find(b'"usage"', length) < 0 and not self._tail:
+                self.events += 1
+                return self._new_prefix + data[length:]
         if self._cr or b"\r" in data:
             data = self._unify_line_ends(data)
         if self._tail:
@@ -241,6 +237,7 @@ class Meter:
         if not self._dialect.typed_events:
             if payload.startswith(b"[DONE]"):
                 self.ended = True
+                self._prefix = None
                 return b"data: [DONE]\n\n"
             kind = b""
         payload = self._payload(payload, kind)
@@ -256,6 +253,7 @@ class Meter:
         if b'"error"' in payload:
             self.failure = self._engine.read_stream_error(payload)
             if self.failure is not None:
+                self._prefix = None
                 return b""
         view = self._look(payload, kind)
         if self._dialect.typed_events:
@@ -291,14 +289,17 @@ class Meter:
         model = view.model if view.model is not None else (inner.model if inner is not None else None)
         if model is None:
             return
-        if model == self._public:
-            self._needle = b""
-            return
         for match in _MODEL.finditer(payload):
             if _text(match[2]) == model:
-                self._needle = match[0]
                 self._replacement = b'"model":' + match[1] + msgspec.json.encode(self._public)
+                self._needle = b"" if model == self._public else match[0]
+                if not self._dialect.typed_events and payload.startswith(b"{") and b"\n" not in payload:
+                    self._prefix = b"data: " + payload[: match.end()]
+                    kept = match[0] if model == self._public else self._replacement
+                    self._new_prefix = b"data: " + payload[: match.start()] + kept
                 return
+        if model == self._public:
+            self._needle = b""
 
     def _take_usage(self, view: _EventView) -> None:
         for found in (view.usage, *(inner.usage for inner in (view.message, view.response) if inner is not None)):

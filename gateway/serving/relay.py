@@ -108,6 +108,7 @@ class Relay:
         "_answer",
         "_answer_bytes",
         "_client",
+        "_clock",
         "_committed",
         "_connected",
         "_connection",
@@ -149,6 +150,7 @@ class Relay:
         self._client = client
         self._pool = pool
         self._deadlines = deadlines
+        self._clock = deadlines.clock
         self._limits = limits
         self._metrics = metrics
         self._on_done = on_done
@@ -241,7 +243,7 @@ class Relay:
 
     def on_connected(self) -> None:
         """Note how long a new connection took."""
-        now = self._deadlines.clock()
+        now = self._clock()
         self._metrics.overhead["connect"].observe(now - self._last)
         self._connected = True
         self._last = now
@@ -271,39 +273,41 @@ class Relay:
         before = meter.events
         out = meter.feed(data)
         if out:
-            now = self._last = self._deadlines.clock()
+            now = self._last = self._clock()
             # The end mark is no event of its own: it must not count as a token.
             if meter.events > before:
                 self._ticket.mark(now, meter.events - before)
             if meter.ended:
                 self._end(out, now)
                 return
-            self._forward(out, now)
+            if self._state == STREAMING:
+                self._wrote = now
+                self._client.send(out)
+            else:
+                self._begin(out, now)
         elif meter.partial:
-            self._last = self._deadlines.clock()
+            self._last = self._clock()
         if meter.failure is not None:
             self._engine_error(meter.failure)
         elif meter.overflow:
             message = f"The engine sent an event of more than {self._limits.event} bytes."
             self._broken(Refusal(Kind.ENGINE_FAILED, message))
         elif meter.ended:
-            self._end(b"", self._deadlines.clock())
+            self._end(b"", self._clock())
 
-    def _forward(self, out: bytes, now: float) -> None:
+    def _begin(self, out: bytes, now: float) -> None:
+        """Send the first events: from here on no other engine is asked, and the body need not be kept."""
         self._wrote = now
-        if self._state == WAITING:
-            # No other engine will be asked any more: the body need not be kept.
-            self._order.fields.clear()
-        if self._committed:
-            self._state = STREAMING
-            self._client.send(out)
-            return
-        self._committed = True
         self._state = STREAMING
-        self._client.start_stream(self._headers(now), out)
+        self._order.fields.clear()
+        if self._committed:
+            self._client.send(out)
+        else:
+            self._committed = True
+            self._client.start_stream(self._headers(now), out)
 
     def _collect(self, data: bytes) -> None:
-        self._last = self._deadlines.clock()
+        self._last = self._clock()
         self._answer.append(data)
         self._answer_bytes += len(data)
         bound = self._limits.response if self._status == 200 else MAX_ERROR_BODY
@@ -331,7 +335,7 @@ class Relay:
             self._whole(answer.body, answer.usage)
 
     def _whole(self, body: bytes, usage: Usage | None) -> None:
-        now = self._deadlines.clock()
+        now = self._clock()
         ticket = self._ticket
         ticket.usage = usage
         ticket.mark(now, 1)
@@ -366,7 +370,7 @@ class Relay:
 
     def _retry(self, cause: Cause, refusal: Refusal) -> None:
         """Decide what follows a failed attempt, and do it."""
-        now = self._deadlines.clock()
+        now = self._clock()
         endpoint = self._endpoint
         assert endpoint is not None
         if self._connection is not None:
@@ -435,7 +439,7 @@ class Relay:
     def client_gone(self) -> None:
         """Take that the client left: the engine's connection is closed at once, which stops its work."""
         if self._state != DONE:
-            self._finish(Outcome.CLIENT_GONE, 499, self._deadlines.clock())
+            self._finish(Outcome.CLIENT_GONE, 499, self._clock())
 
     def shut_down(self) -> None:
         """End now: the drain time is over."""
@@ -449,7 +453,7 @@ class Relay:
         if self._connection is not None:
             self._connection.abort()
             self._connection = None
-        self._fail(refusal, self._deadlines.clock())
+        self._fail(refusal, self._clock())
 
     # --- pace -----------------------------------------------------------------------------------------------------
 
@@ -457,7 +461,7 @@ class Relay:
         """The client takes bytes slower than they come: stop reading from the engine."""
         if self._state != DONE and self._connection is not None:
             self._paused = True
-            self._paused_at = self._deadlines.clock()
+            self._paused_at = self._clock()
             self._connection.pause()
             self._rearm()
 
@@ -465,7 +469,7 @@ class Relay:
         """The client has caught up."""
         if self._state != DONE and self._connection is not None and self._paused:
             self._paused = False
-            self._last = self._deadlines.clock()
+            self._last = self._clock()
             self._connection.resume()
             self._rearm()
 

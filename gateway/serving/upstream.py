@@ -27,6 +27,9 @@ END_WAIT = 2.0
 
 _HEAD, _BODY, _COMPLETE = range(3)
 
+_SIZES = {b"%x" % size: size for size in range(1, 4096)}
+"""What a chunk's first line may say, but for the last, empty chunk; larger ones are the parser's."""
+
 
 class Loss(enum.Enum):
     """How an attempt ended without an answer."""
@@ -120,6 +123,7 @@ class Connections:
             if connection.usable(now):
                 connection.send(payload, receiver)
                 return connection
+            connection.idle = False
             connection.close()
         connection = Connection(self, loop)
         self.open += 1
@@ -149,6 +153,8 @@ class Connection(asyncio.Protocol):
     """One connection to an engine, used for one request at a time."""
 
     __slots__ = (
+        "_between_chunks",
+        "_chunk_ended",
         "_chunks",
         "_connecting",
         "_content_type",
@@ -189,6 +195,8 @@ class Connection(asyncio.Protocol):
         self._content_type = b""
         self._head_bytes = 0
         self._phase = _HEAD
+        self._between_chunks = False
+        self._chunk_ended = False
         self._serial += 1
         self._keep_alive = False
         self._until_close = False
@@ -292,6 +300,15 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, and report a read's worth of body at once."""
+        if self._between_chunks:
+            cut = data.find(b"\r\n", 1, 5)
+            size = _SIZES.get(data[:cut])
+            if size is not None and len(data) == cut + size + 4 and data.endswith(b"\r\n"):
+                receiver = self._receiver
+                if receiver is not None:
+                    # A whole chunk in one read leaves the parser where it is, so it need not see it.
+                    receiver.on_data(data[cut + 2 : -2])
+                    return
         if self.idle or self._phase == _COMPLETE:
             # An answer nobody asked for: the connection cannot be trusted.
             self.abort()
@@ -303,6 +320,8 @@ class Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(Loss.GARBAGE, f"not HTTP: {error}")
             return
+        # At the end of a chunk, and not within the line that tells the next one's size.
+        self._between_chunks = self._chunk_ended and data.endswith(b"\r\n")
         receiver = self._receiver
         if receiver is None:
             self._let_go()
@@ -392,7 +411,16 @@ class Connection(asyncio.Protocol):
         if not self._excess:
             self._chunks.append(body)
 
+    def on_chunk_header(self) -> None:
+        """Note that a chunk has begun."""
+        self._chunk_ended = False
+
+    def on_chunk_complete(self) -> None:
+        """Note that a chunk has ended."""
+        self._chunk_ended = True
+
     def on_message_complete(self) -> None:
         """Note that the answer is whole."""
+        self._chunk_ended = False
         if self._phase == _BODY:
             self._phase = _COMPLETE
