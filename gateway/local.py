@@ -51,6 +51,8 @@ UPSTREAM_PATIENCE = 5.0
 """Seconds after which a person is told that no upstream answers."""
 POLL = 0.1
 """Seconds between two looks at whether the gateway is ready."""
+MAX_RUN_DIRECTORY = 90
+"""Bytes: a socket's path has at most 107 on Linux and 103 on macOS, and its name is added to the directory's."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -78,8 +80,8 @@ def serve(plan: Plan) -> int:
         if not plan.settings.engines:
             return _serve_upstreams(plan, display)
         try:
-            with interruptible(), tempfile.TemporaryDirectory(prefix="forebay-") as run_directory:
-                return _prepare_and_run(plan, Path(run_directory), display)
+            with interruptible(), run_directory(plan.settings) as directory:
+                return _prepare_and_run(plan, directory, display)
         except (StopRequested, asyncio.CancelledError):
             display.say("stopped")
             return 0
@@ -211,13 +213,13 @@ class PreparedEngine:
             extra_environment=wanted.environment,
         )
 
-    def private_spec(self, settings: Settings, run_directory: Path) -> LaunchSpec:
-        """How to start it for the gateway alone: on a Unix socket, or on its port with a key."""
+    def private_spec(self, settings: Settings, directory: Path) -> LaunchSpec:
+        """How to start it for the gateway alone: on a Unix socket in `directory`, or on its port with a key."""
         if self.settings.port:
             return self.spec(settings, Address(port=self.settings.port), secrets.token_hex(32))
-        # The directory is this user's; its name is short, since a socket's path has at most 107 bytes.
-        number = settings.engines.index(self.settings)
-        return self.spec(settings, Address(unix=run_directory / f"{number}.sock"), None)
+        # Short, and another one for each gateway that shares the data directory: a port is one gateway's alone.
+        name = f"{settings.listen.port}-{settings.engines.index(self.settings)}.sock"
+        return self.spec(settings, Address(unix=directory / name), None)
 
 
 def prepare(engine: LocalEngine, settings: Settings, display: Display) -> PreparedEngine:
@@ -283,12 +285,31 @@ async def _run_alone(minder: Minder, display: Display) -> int:
 # --- engines and replica together --------------------------------------------------------------------------------
 
 
-def _prepare_and_run(plan: Plan, run_directory: Path, display: Display) -> int:
+@contextlib.contextmanager
+def run_directory(settings: Settings) -> Iterator[Path]:
+    """A directory for the engines' sockets that no other user can enter: in the data directory, where no cleaner of
+    temporary files comes, unless that makes a path too long for a socket."""
+    directory = settings.data_dir.absolute() / "run"
+    if len(os.fsencode(directory)) > MAX_RUN_DIRECTORY:
+        with tempfile.TemporaryDirectory(prefix="forebay-") as short:
+            yield Path(short)
+    else:
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartError(
+                f"{directory} cannot be made ({error.strerror}); make the data directory writable or choose another one"
+                " with FOREBAY_HOME or data_dir in the configuration"
+            ) from None
+        yield directory
+
+
+def _prepare_and_run(plan: Plan, directory: Path, display: Display) -> int:
     """Prepare everything, which may take minutes, then run it."""
     started = time.monotonic()
     engines = [prepare(engine, plan.settings, display) for engine in plan.settings.engines]
     display.done()
-    specs = [engine.private_spec(plan.settings, run_directory) for engine in engines]
+    specs = [engine.private_spec(plan.settings, directory) for engine in engines]
     minders = [minder_for(engine, spec, plan.settings, display) for engine, spec in zip(engines, specs, strict=True)]
     key = make_start_key(plan.settings)
     replica = Replica(replica_command(plan), replica_environment(plan, specs), replica_grace(plan))

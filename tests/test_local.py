@@ -7,7 +7,9 @@ import io
 import os
 import signal
 import socket
+import stat
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from gateway.local import (
     minder_for,
     replica_command,
     replica_environment,
+    run_directory,
     run_engines,
 )
 from gateway.settings import Settings, load
@@ -356,7 +359,7 @@ def test_an_engine_is_private_to_its_gateway(tmp_path: Path) -> None:
     """On a Unix socket in a directory of its user's, or on its port with a key that no command line shows."""
     plan, engine = prepared(tmp_path, {"engines": [{"name": "mine", "environment": {"A": "b"}}]})
     spec = engine.private_spec(plan.settings, tmp_path)
-    assert (spec.address, spec.api_key) == (Address(unix=tmp_path / "0.sock"), None)
+    assert (spec.address, spec.api_key) == (Address(unix=tmp_path / "8000-0.sock"), None)
     assert (spec.model, spec.model_is_local, spec.served_name) == ("org/Model", False, "model")
     port = free_port()
     plan, engine = prepared(tmp_path, {"engines": [{"name": "mine", "port": port, "served_name": "public"}]})
@@ -365,6 +368,21 @@ def test_an_engine_is_private_to_its_gateway(tmp_path: Path) -> None:
     assert spec.served_name == "public"
     assert spec.api_key is not None
     assert spec.api_key not in repr(spec)
+
+
+def test_a_data_directory_that_cannot_be_written_is_said() -> None:
+    with tempfile.NamedTemporaryFile() as file, pytest.raises(StartError, match="choose another one with FOREBAY_HOME"):
+        run_directory(Settings(data_dir=Path(file.name))).__enter__()
+
+
+def test_sockets_lie_where_only_their_user_can_enter_and_their_path_fits(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as short, run_directory(Settings(data_dir=Path(short))) as directory:
+        assert directory == Path(short) / "run"
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    with run_directory(Settings(data_dir=tmp_path / ("long" * 30))) as directory:
+        assert len(os.fsencode(directory)) < 90
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert not directory.exists()
 
 
 @pytest.mark.parametrize(("remote", "hosts"), [("off", ()), ("engine", ("images.example",))])
