@@ -391,7 +391,7 @@ class LocalEngine(Section):
     served_name: Name | None = None
     """The public name of its model; derived from `model` when left out."""
     port: Port | None = None
-    """Loopback port of the engine; a free one when left out."""
+    """Loopback port of the engine; a Unix socket that only this user can reach when left out."""
     max_model_len: Count | None = None
     """Longest context in tokens; the engine's choice when left out."""
     args: tuple[str, ...] = ()
