@@ -485,7 +485,7 @@ async def test_the_time_an_answer_took_is_told(
     upstream.always(play(load("vllm", "chat_stream" if stream else "chat_basic")).do(gate, 0), path=CHAT)
     client = await connect(gateway.url)
     client.post(CHAT, chat(stream=stream), AUTH)
-    await gate.reached()
+    await upstream.saw("gate")
     gateway.advance(1.25)
     gate.open()
     assert (await client.response()).header("openai-processing-ms") == "1250"
