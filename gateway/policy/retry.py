@@ -42,6 +42,10 @@ _TABLE = {
 }
 
 
+BROKEN_RETRIES = 1
+"""How many more engines are offered a request that an engine broke over: one that kills engines must not kill all."""
+
+
 def decide(cause: Cause, attempts: int, retries: int, *, replayed: bool) -> Next:
     """Return what follows ``attempts`` failed ones when ``retries`` more are allowed.
 
@@ -49,6 +53,8 @@ def decide(cause: Cause, attempts: int, retries: int, *, replayed: bool) -> Next
     """
     if cause is Cause.STALE and replayed:
         cause = Cause.BROKEN
+    if cause is Cause.BROKEN:
+        retries = min(retries, BROKEN_RETRIES)
     then = _TABLE[cause]
     if then is Next.ELSEWHERE and attempts > retries:
         return Next.GIVE_UP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 
@@ -16,6 +17,7 @@ COUNT_TIMEOUT = 10.0
 MAX_COUNT_ANSWER = 16 * 1024 * 1024
 
 _PATH = "/tokenize"
+_PROMPT_FIELDS = ("prompt", "input", "messages", "system", "instructions", "tools")
 _CHAT_FIELDS = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 
 
@@ -71,19 +73,50 @@ async def count_tokens(pool: Pool, model: str, path: str, fields: Fields) -> int
 
 
 def _prompts(path: str, fields: Fields) -> list[Fields] | None:
-    """Return the bodies for the tokenizer: one a prompt; the longest of several is what counts."""
-    if path in ("/v1/chat/completions", "/v1/messages"):
-        chat = {name: fields[name] for name in _CHAT_FIELDS if name in fields}
-        return [chat] if "messages" in chat else None
-    raw = fields.get("prompt") or fields.get("input")
-    if raw is None:
-        return None
+    """Return the bodies for the tokenizer: one a prompt; the longest of several is what counts. None: not countable."""
     try:
-        value = msgspec.json.decode(raw)
+        if path == "/v1/chat/completions":
+            chat = {name: fields[name] for name in _CHAT_FIELDS if name in fields}
+            return [chat] if "messages" in chat else None
+        values = {name: msgspec.json.decode(fields[name]) for name in _PROMPT_FIELDS if name in fields}
     except (msgspec.DecodeError, RecursionError):
         return None
+    if path in ("/v1/messages", "/v1/responses"):
+        return _as_chat(values)
+    value = values.get("prompt", values.get("input"))
+    if value is None:
+        return None
     prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
-    return [{"prompt": msgspec.Raw(msgspec.json.encode(prompt))} for prompt in prompts]
+    return [{"prompt": _raw(prompt)} for prompt in prompts]
+
+
+def _as_chat(values: dict[str, Any]) -> list[Fields] | None:
+    """Return a request of another dialect as the chat its engine makes of it."""
+    turns = values.get("messages", values.get("input"))
+    if isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    if not isinstance(turns, list):
+        return None
+    system = values.get("system", values.get("instructions"))
+    if system:
+        turns = [{"role": "system", "content": system}, *turns]
+    chat: Fields = {"messages": _raw(turns)}
+    tools = values.get("tools")
+    if isinstance(tools, list) and tools:
+        chat["tools"] = _raw([_as_function(tool) for tool in tools])
+    return [chat]
+
+
+def _as_function(tool: Any) -> Any:
+    if not isinstance(tool, dict) or "name" not in tool:
+        return tool
+    parameters = tool.get("input_schema", tool.get("parameters", {}))
+    function = {"name": tool["name"], "description": tool.get("description", ""), "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def _raw(value: Any) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))
 
 
 async def _ask(endpoint: Endpoint, model: msgspec.Raw, prompt: Fields) -> int | None:
