@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from gateway.settings import Caps, ConfigError, Settings, json_schema, load, parse_duration, warnings_about
+from gateway.settings import Caps, ConfigError, Settings, json_schema, load, warnings_about
+from gateway.values import parse_duration
 
 if TYPE_CHECKING:
     from gateway.state.keys import KeyStore

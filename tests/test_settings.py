@@ -28,11 +28,10 @@ from gateway.settings import (
     fingerprint,
     json_schema,
     load,
-    parse_duration,
-    parse_size,
     section_of,
     to_environment,
 )
+from gateway.values import parse_duration, parse_size
 
 EXAMPLE = Path(__file__).parents[1] / "forebay.example.yaml"
 SECRET = "fb-0123456789ab-averysecretsecret"
