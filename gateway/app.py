@@ -36,6 +36,7 @@ from gateway.serving.relay import RelayLimits
 from gateway.serving.upstream import parse_address
 from gateway.serving.watch import Watcher
 from gateway.settings import ConfigError, Settings, diff, fingerprint, load
+from gateway.state.database import StateError
 
 HOUSEKEEPING = 0.1
 """Seconds between two flushes of the log."""
@@ -342,7 +343,7 @@ def run(settings: Settings, path: Path | None = None) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serve(settings, path))
-    except (ListenError, ConfigError) as error:
+    except (ListenError, ConfigError, StateError) as error:
         print(f"forebay: {error}", file=sys.stderr)
         return 1
 

@@ -174,6 +174,10 @@ class ForebayProtocol(HttpToolsProtocol):
         self._reading = None
         self.deadline = NEVER
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header."""
+        self.headers.append((name.lower(), value))
+
     def on_headers_complete(self) -> None:
         """Serve a relayed request here, hand any other to uvicorn."""
         self._in_head = False
@@ -202,9 +206,9 @@ class ForebayProtocol(HttpToolsProtocol):
             self.deadline = self.edge.deadlines.clock() + self.rules.body
 
     def _hand_over(self) -> None:
-        url, headers, expect = self.url, self.headers, self.expect_100_continue
+        url, headers = self.url, self.headers
         super().on_message_begin()
-        self.url, self.expect_100_continue = url, expect
+        self.url, self.expect_100_continue = url, _expects_continue(headers)
         self.headers.extend(headers)
         extensions: Any = {CLOSE_EXTENSION: self._close_after}
         self.scope["extensions"] = extensions
@@ -385,7 +389,7 @@ class RelayedCycle:
             self.respond(*protocol.edge.refusal(opened.route, opened.ticket, opened.refusal))
             return
         self._request = opened
-        if not self.read and protocol.expect_100_continue and self._chunked and not self._size:
+        if not self.read and self._chunked and not self._size and _expects_continue(self.headers):
             protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._size and self._grown():
             return
@@ -513,6 +517,10 @@ class RelayedCycle:
             protocol.transport.close()
         else:
             protocol.linger()
+
+
+def _expects_continue(headers: list[Header]) -> bool:
+    return any(name == b"expect" and value.lower() == b"100-continue" for name, value in headers)
 
 
 def bound(edge: Edge, rules: ConnectionRules, routes: Mapping[str, Route], *, fast: bool) -> type[ForebayProtocol]:

@@ -13,7 +13,7 @@ from gateway.metrics import Metrics
 from gateway.serving.meter import Usage
 
 
-class Outcome(enum.Enum):
+class Outcome(enum.StrEnum):
     """How a request ended; a metric label and a word in the log."""
 
     OK = "ok"
@@ -153,7 +153,7 @@ class Ticket:
             self.series.duration.observe(now - self.started)
         counted = self._metrics.tenant(self.model, self.tenant)
         outcomes = counted.outcomes
-        outcomes[outcome.value] = outcomes.get(outcome.value, 0) + 1
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
         usage = self.usage
         if usage is not None:
             counted.prompt += usage.prompt or 0
@@ -170,7 +170,7 @@ class Ticket:
             event="request",
             request_id=self.request_id,
             path=self.path,
-            outcome=outcome.value,
+            outcome=outcome,
             status=status,
             duration_ms=round((now - self.started) * 1000, 2),
             model=self.model,

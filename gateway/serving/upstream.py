@@ -107,6 +107,7 @@ class Connections:
         self.accepted = 0
         """Connections made so far."""
         self._idle: deque[Connection] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._all: set[Connection] = set()
 
     @property
@@ -116,7 +117,9 @@ class Connections:
 
     def send(self, payload: bytes, receiver: Receiver, *, fresh: bool = False) -> Connection:
         """Send a request on an idle connection, or on a new one; the caller has asked ``full``."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
         now = loop.time()
         while self._idle and not fresh:
             connection = self._idle.pop()
