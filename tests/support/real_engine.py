@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
+import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,6 @@ from engines.minder import Address, Minder
 from engines.models import ModelFiles, prepare_model
 from engines.steps import Step
 from engines.vllm import Vllm
-from tests.support.sockets import free_port
 
 START_WITHIN = 600.0
 """Seconds for the engine to be ready; a quiet machine needs 30, a busy one minutes."""
@@ -67,11 +68,23 @@ def spec_for(model: ModelFiles, port: int, *extra_args: str) -> LaunchSpec:
     )
 
 
+def engine_port() -> int:
+    """Return a port for an engine. It listens half a minute later, so from a range that no other test uses."""
+    for port in random.sample(range(11000, 20000), 100):
+        with socket.socket() as candidate:
+            try:
+                candidate.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port between 11000 and 19999 on 127.0.0.1")
+
+
 @contextmanager
 def running_vllm(*extra_args: str) -> Iterator[RealEngine]:
     """Run a vLLM until the block ends. Raises ``MinderError`` with its last words when it does not start."""
     environment, model = prepared()
-    spec, engine = spec_for(model, free_port(), *extra_args), Vllm()
+    spec, engine = spec_for(model, engine_port(), *extra_args), Vllm()
     minder = Minder(
         spec.name,
         engine.command_line(spec, environment.python),
@@ -80,7 +93,7 @@ def running_vllm(*extra_args: str) -> Iterator[RealEngine]:
         log_path=data_directory() / "logs" / f"test-{spec.address.port}.log",
         ready_path=engine.ready_path,
         phases=engine.loading_phases,
-        on_phase=lambda text, done, total: _tell(f"vllm: {text}"),
+        on_phase=_tell_phase,
     )
     with _event_loop() as loop:
 
@@ -99,11 +112,18 @@ def running_vllm(*extra_args: str) -> Iterator[RealEngine]:
     minder.log_path.unlink()
 
 
+_ENGINE = pytest.StashKey[RealEngine]()
+
+
 @pytest.fixture(scope="session")
-def vllm_engine() -> Iterator[RealEngine]:
-    """The session's one real engine."""
-    with running_vllm() as engine:
-        yield engine
+def vllm_engine(request: pytest.FixtureRequest) -> RealEngine:
+    """The session's one real engine, also when several conftest files import this fixture."""
+    stash = request.config.stash
+    if _ENGINE not in stash:
+        running = ExitStack()
+        stash[_ENGINE] = running.enter_context(running_vllm())
+        request.config.add_cleanup(running.close)
+    return stash[_ENGINE]
 
 
 @contextmanager
@@ -122,6 +142,10 @@ def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 def _tell_step(step: Step) -> None:
     _tell(f"{step.phase}: {step.text}")
+
+
+def _tell_phase(text: str, done: int | None, total: int | None) -> None:
+    _tell(f"vllm: {text}" + (f" {done}/{total}" if total is not None else ""))
 
 
 def _tell(text: str) -> None:

@@ -10,13 +10,19 @@ import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 # Above the ports of well-known services and below the range the kernel gives to outgoing connections (32768 and up),
 # so that a port which was free stays free until the test listens on it.
 LOWEST_PORT, HIGHEST_PORT = 20000, 32767
 
+# Numbers of linux/sock_diag.h and linux/inet_diag.h, and offsets in struct tcp_info of linux/tcp.h.
 SOCK_DIAG_BY_FAMILY = 20
 NETLINK_SOCK_DIAG = 4
+INET_DIAG_INFO = 2
+TCP_INFO_BYTES_RECEIVED = 128
+TCP_INFO_NOT_SENT = 144
+TCP_INFO_BYTES_SENT = 200
 
 
 def bind_free(host: str = "127.0.0.1") -> socket.socket:
@@ -71,28 +77,51 @@ def reset_on_close(sock: socket.socket) -> None:
 def unread_by_peer(sock: socket.socket) -> int:
     """Return how many bytes written to ``sock`` the process at the other end has not taken from its kernel yet.
 
-    On a Unix socket the send queue shrinks only when the peer reads. On TCP the peer must be on this machine: its
-    receive queue is asked for. Elsewhere than on Linux only what the peer's kernel has not acknowledged is known.
+    On a Unix socket the send queue shrinks only when the peer reads. On TCP, where acknowledgements come late, the
+    peer's own socket is asked; it must be on this machine. Elsewhere than on Linux only what is not acknowledged is
+    known.
     """
-    waiting = int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    if waiting or sock.family not in (socket.AF_INET, socket.AF_INET6) or sys.platform != "linux":
-        return waiting
-    return _receive_queue(sock.family, local=sock.getpeername(), remote=sock.getsockname())
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sys.platform != "linux":
+        return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    peer = _socket_at(sock.family, local=sock.getpeername(), remote=sock.getsockname())
+    if peer is None:
+        return 0
+    not_sent: int = struct.unpack_from("=I", info, TCP_INFO_NOT_SENT)[0]
+    sent, repeated = struct.unpack_from("=QQ", info, TCP_INFO_BYTES_SENT)
+    on_the_way: int = sent - repeated - peer.received
+    return not_sent + on_the_way + peer.queued
 
 
-def _receive_queue(family: int, *, local: tuple[object, ...], remote: tuple[object, ...]) -> int:
-    """Ask the kernel (sock_diag) for the unread bytes of one TCP socket; 0 when there is no such socket any more."""
+class _Peer(NamedTuple):
+    """What the kernel knows of a TCP socket: bytes it received so far, bytes the process has not read."""
+
+    received: int
+    queued: int
+
+
+def _socket_at(family: int, *, local: tuple[object, ...], remote: tuple[object, ...]) -> _Peer | None:
+    """Ask the kernel (sock_diag) for one TCP socket of this machine; None when there is no such socket any more."""
     any_cookie = b"\xff" * 8
     ends = struct.pack("!HH", local[1], remote[1])
     addresses = b"".join(socket.inet_pton(family, str(end[0])).ljust(16, b"\0") for end in (local, remote))
-    every_state = 0xFFFFFFFF
-    query = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, 0, every_state) + ends + addresses + bytes(4) + any_cookie
+    with_tcp_info, every_state = 2, 0xFFFFFFFF
+    query = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, with_tcp_info, every_state)
+    query += ends + addresses + bytes(4) + any_cookie
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
         kernel.send(struct.pack("=IHHII", 16 + len(query), SOCK_DIAG_BY_FAMILY, 1, 0, 0) + query)
         answer = kernel.recv(4096)
     (kind,) = struct.unpack_from("=H", answer, 4)
     if kind != SOCK_DIAG_BY_FAMILY:
-        return 0
-    # struct inet_diag_msg: 4 bytes of state, 48 of socket id, 4 of expiry, then the receive queue.
-    (unread,) = struct.unpack_from("=I", answer, 16 + 4 + 48 + 4)
-    return int(unread)
+        return None
+    # struct inet_diag_msg: 4 bytes of state, 48 of socket id, 4 of expiry, then the receive queue; 72 in all, and then
+    # attributes, each with its length, its kind and padding to 4 bytes.
+    (queued,) = struct.unpack_from("=I", answer, 16 + 56)
+    at = 16 + 72
+    while at < len(answer):
+        length, attribute = struct.unpack_from("=HH", answer, at)
+        if attribute == INET_DIAG_INFO:
+            (received,) = struct.unpack_from("=Q", answer, at + 4 + TCP_INFO_BYTES_RECEIVED)
+            return _Peer(received, queued)
+        at += (length + 3) & ~3
+    return None
