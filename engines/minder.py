@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -50,6 +50,7 @@ _LINE_LIMIT = 64 * 1024
 _SIGNAL_BASE = 128
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_LISTENING = "0A"
 
 
 class Lines:
@@ -372,12 +373,24 @@ class Exit:
             return f"{self.name} stopped ({how})"
         if self.code == -signal.SIGKILL:
             how += ", often for lack of memory"
-        cause = next((line for line in reversed(self.last_lines) if _ERROR.search(line)), None)
-        cause = cause or (self.last_lines[-1] if self.last_lines else "it wrote nothing")
-        return f"{self.name} ended by itself after {self.seconds:.0f} s ({how}): {cause}"
+        return f"{self.name} ended by itself after {self.seconds:.0f} s ({how}): {_cause(self.last_lines)}"
 
 
-_ERROR = re.compile(r"\b(\w*(Error|Exception)\b:|error:|cannot be started)")
+_ERROR = re.compile(r"(?<![\w.])(?:[\w.]*(?:Error|Exception)|error): .+|\S+ cannot be started: .+")
+_MEANT_ELSEWHERE = re.compile(r"root cause|see (the )?stack trace|\bWARNING\b", re.IGNORECASE)
+_CAUSE_LIMIT = 300
+
+
+def _cause(lines: Sequence[str]) -> str:
+    """Find why a process ended: the last error that does not point to another one, with its indented second line."""
+    for index in range(len(lines) - 1, -1, -1):
+        error = _ERROR.search(lines[index])
+        if error is None or _MEANT_ELSEWHERE.search(lines[index]):
+            continue
+        following = lines[index + 1] if index + 1 < len(lines) else ""
+        text = error.group() + (f" {following.strip()}" if following.startswith("  ") else "")
+        return text if len(text) <= _CAUSE_LIMIT else text[:_CAUSE_LIMIT] + "..."
+    return lines[-1] if lines else "it wrote nothing"
 
 
 class MinderError(Exception):
@@ -404,7 +417,7 @@ class Minder:
         phases: Sequence[Phase] = (),
         on_line: Callable[[str], None] | None = None,
         on_phase: Callable[[str, int | None, int | None], None] | None = None,
-        last_lines: int = 40,
+        last_lines: int = 400,
     ) -> None:
         self.name = name
         self.address = address
@@ -507,7 +520,7 @@ class Minder:
         """
         assert self._exit is not None, "start() comes first"
         loop = asyncio.get_running_loop()
-        while not await probe(self.address, self._ready_path):
+        while not (await probe(self.address, self._ready_path) and self._answered_itself()):
             await asyncio.wait({self._exit}, timeout=poll)
             if self._exit.done():
                 raise MinderError(f"{self._exit.result()} (the whole log: {self.log_path})")
@@ -516,6 +529,10 @@ class Minder:
                     f"{self.name} is not ready after {within:.0f} s; its log, {self.log_path}, says how far it came"
                 )
         return loop.time() - self._started_at
+
+    def _answered_itself(self) -> bool:
+        assert self._supervisor is not None
+        return self.address.unix is not None or _is_ours(self.address.port, self._supervisor.pid)
 
     async def wait(self) -> Exit:
         """Wait for the engine's end, however it comes."""
@@ -567,6 +584,53 @@ def _claim(name: str, address: Address) -> None:
                 f"{name} cannot listen on {address.host} port {address.port}: {(error.strerror or str(error)).lower()};"
                 " stop the program that uses it or choose another port"
             ) from error
+
+
+def _is_ours(port: int, ancestor: int) -> bool:
+    """Tell whether who listens on a TCP port is a descendant of ``ancestor``. True where Linux does not tell.
+
+    An engine takes half a minute to listen; meanwhile another program may take its port and answer in its place.
+    """
+    listeners = set()
+    for table in ("tcp", "tcp6"):
+        for line in _read_lines(Path("/proc/net") / table)[1:]:
+            fields = line.split()
+            if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                listeners.add(f"socket:[{fields[9]}]")
+    parents = _parents()
+    if not listeners or ancestor not in parents:
+        return True
+    return any(listeners & _open_files(pid) for pid in parents if ancestor in _ancestors(pid, parents))
+
+
+def _parents() -> dict[int, int]:
+    """Return each process's parent; empty where Linux does not tell."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        for line in _read_lines(status)[-1:]:
+            # The second field, the name, is in brackets and may hold anything, line ends too.
+            parents[int(status.parent.name)] = int(line.rpartition(")")[2].split()[1])
+    return parents
+
+
+def _ancestors(pid: int, parents: Mapping[int, int]) -> Iterator[int]:
+    while pid in parents:
+        yield pid
+        pid = parents[pid]
+
+
+def _open_files(pid: int) -> set[str]:
+    try:
+        return {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    except OSError:
+        return set()
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 async def probe(address: Address, path: str, within: float = 5.0) -> bool:

@@ -121,6 +121,29 @@ async def test_is_ready_when_the_engine_answers_and_not_before(watch: Watch, gat
     assert not await probe(address, "/elsewhere")
 
 
+async def test_a_stranger_on_the_port_is_not_taken_for_the_engine(watch: Watch, gate: Path) -> None:
+    """An engine listens late; another program that takes its port meanwhile would be sent everybody's requests."""
+    address = Address(port=free_port())
+    watched = watch("--gate", str(gate), "--port", str(address.port), address=address)
+    await watched.minder.start()
+    ready = asyncio.create_task(watched.minder.wait_ready(60, poll=0.01))
+    await watched.line("waiting at the gate")
+    asked = asyncio.Queue[None]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+        asked.put_nowait(None)
+
+    async with await asyncio.start_server(answer, address.host, address.port):
+        for _ in range(2):
+            await asyncio.wait_for(asked.get(), GONE_WITHIN)
+        assert not ready.done()
+    open_gate(gate)
+    await ready
+
+
 async def test_a_unix_socket_is_waited_for_like_a_port(watch: Watch, tmp_path: Path) -> None:
     """The file a killed engine left is removed, since no engine can listen on it."""
     path = tmp_path / "engine.sock"
@@ -346,3 +369,40 @@ def test_an_end_without_a_word_is_told_as_such() -> None:
     assert (
         str(Exit("vllm", 0, 33.4, (), asked=False)) == "vllm ended by itself after 33 s (exit code 0): it wrote nothing"
     )
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (
+            # A worker fails, and its two parents each say that somebody else did.
+            [
+                "(Worker pid=3) ERROR 11-24 05:45:35 [multiproc_executor.py:953] safetensors.SafetensorError: Error"
+                " while deserializing header: incomplete metadata",
+                "(EngineCore pid=2) ERROR 11-24 05:45:37 [core.py:1510] Exception: WorkerProc initialization failed due"
+                " to an exception in a background process. See stack trace for root cause.",
+                "    raise RuntimeError(",
+                "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+            ],
+            "safetensors.SafetensorError: Error while deserializing header: incomplete metadata",
+        ),
+        (
+            # The interesting part is on the second line.
+            [
+                "(APIServer pid=1) WARNING 11-24 05:06:19 [system_utils.py:255] errors like `OSError: [Errno 24]`",
+                "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+                "  Value error, User-specified max_model_len (100000) is greater than the derived one",
+                "    For further information visit the manual",
+            ],
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig Value error,"
+            " User-specified max_model_len (100000) is greater than the derived one",
+        ),
+        (["OSError: [Errno 98] Address already in use"], "OSError: [Errno 98] Address already in use"),
+        (["ValueError: " + "x" * 400], "ValueError: " + "x" * 288 + "..."),
+        (["loading", "killed"], "killed"),
+    ],
+)
+def test_the_cause_is_the_error_that_points_to_no_other(lines: list[str], cause: str) -> None:
+    """As vLLM's logs read when it fails in a worker, in its arguments, on its port."""
+    ended = Exit("vllm", 1, 20.2, tuple(lines), asked=False)
+    assert str(ended) == f"vllm ended by itself after 20 s (exit code 1): {cause}"
