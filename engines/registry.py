@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from engines.launch import Launchable
 from engines.protocol import Engine
 from engines.vllm import Vllm
 
-ENGINES: dict[str, Engine] = {"vllm": Vllm()}
+
+class KnownEngine(Engine, Launchable, Protocol):
+    """An engine that can be spoken to and started."""
+
+
+ENGINES: dict[str, KnownEngine] = {"vllm": Vllm()}

@@ -33,7 +33,6 @@ from engines.minder import Address, Minder
 from engines.models import ModelFiles, prepare_model
 from engines.registry import ENGINES
 from engines.steps import Step
-from engines.vllm import Vllm
 from gateway.greeting import Display, Greeting, base_url
 from gateway.settings import LocalEngine, Settings, Upstream, load, merge_trees, to_environment, warnings_about
 from gateway.state.database import upgrade
@@ -230,12 +229,14 @@ def prepare(engine: LocalEngine, settings: Settings, display: Display) -> Prepar
     return PreparedEngine(engine, environment, model)
 
 
-LAUNCHABLE: Mapping[str, Launchable] = {"vllm": Vllm()}
+def launchable(kind: str) -> Launchable:
+    """How a kind of engine is started."""
+    return ENGINES[kind]
 
 
 def minder_for(engine: PreparedEngine, spec: LaunchSpec, settings: Settings, display: Display) -> Minder:
     """A minder that will run the engine and report how its loading goes."""
-    kind = LAUNCHABLE[spec.kind]
+    kind = launchable(spec.kind)
     phase = f"start {spec.name} ({spec.kind} on {spec.device}, {spec.served_name})"
 
     def report(text: str, done: int | None = None, total: int | None = None) -> None:

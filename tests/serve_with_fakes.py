@@ -48,7 +48,7 @@ def fake_gateway(plan: local.Plan) -> list[str]:
     return [*FAKE, "gateway", ORDER, "--port", str(plan.settings.listen.port), *more]
 
 
-local.LAUNCHABLE = {"vllm": FakeEngine()}
+local.launchable = lambda kind: FakeEngine()
 local.prepare = prepare
 if "FAKE_GATEWAY" in os.environ:
     local.replica_command = fake_gateway
