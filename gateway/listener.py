@@ -25,7 +25,8 @@ class ListenError(Exception):
 def bind(host: str, port: int) -> socket.socket:
     """Return a bound TCP socket. Raises ListenError when the address is taken or not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # Named as TCP: asyncio, unlike uvloop, switches Nagle's algorithm off only then, and events would wait for ACKs.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))

@@ -27,7 +27,7 @@ from tests.support.http1 import (
     parse_head,
 )
 from tests.support.journal import PATIENCE, Journal
-from tests.support.sockets import reset_on_close, unread_by_peer
+from tests.support.sockets import reset_on_close, tcp_socket, unread_by_peer
 
 
 class ConnectionEndedError(Exception):
@@ -135,7 +135,7 @@ class RawClient(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         parts = urlsplit(address)
         unix = parts.scheme == "unix"
-        sock = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
+        sock = socket.socket(socket.AF_UNIX) if unix else tcp_socket()
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         sock.setblocking(False)

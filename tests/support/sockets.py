@@ -25,12 +25,17 @@ TCP_INFO_NOT_SENT = 144
 TCP_INFO_BYTES_SENT = 200
 
 
+def tcp_socket(family: socket.AddressFamily = socket.AF_INET) -> socket.socket:
+    """Return a TCP socket that says so: asyncio switches Nagle's algorithm off only where the protocol is named."""
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+
+
 def bind_free(host: str = "127.0.0.1") -> socket.socket:
     """Return a TCP socket bound to a free port below 32768. Raises ``OSError`` when all of them are taken."""
     span = HIGHEST_PORT - LOWEST_PORT + 1
     start = int.from_bytes(os.urandom(4), "big") % span
     for offset in range(span):
-        candidate = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        candidate = tcp_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             candidate.bind((host, LOWEST_PORT + (start + offset) % span))

@@ -22,7 +22,7 @@ from tests.support.http1 import BodyReader, ProtocolError, header, parse_head
 from tests.support.journal import Entry, Journal
 from tests.support.recordings import Recording
 from tests.support.script import Do, Gate, Script, json_answer, nothing, play
-from tests.support.sockets import bind_free, reset_on_close, unread_by_peer
+from tests.support.sockets import bind_free, reset_on_close, tcp_socket, unread_by_peer
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class ScriptedUpstream:
             bound = bind_free()
             self._port = bound.getsockname()[1]
         else:
-            bound = socket.socket()
+            bound = tcp_socket()
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(("127.0.0.1", self._port))
         self._listener = await loop.create_server(self._connection, sock=bound, ssl=self._tls)
