@@ -305,10 +305,14 @@ class Relay:
         else:
             self._committed = True
             self._client.start_stream(self._headers(now), out)
+        # Sooner than before: an answer that began may pause for less time than one that did not.
+        self._rearm()
 
     def _collect(self, data: bytes) -> None:
         self._last = self._clock()
         self._answer.append(data)
+        if len(self._answer) == 1:
+            self._rearm()
         self._answer_bytes += len(data)
         bound = self._limits.response if self._status == 200 else MAX_ERROR_BODY
         if self._answer_bytes > bound:
@@ -331,6 +335,9 @@ class Relay:
             self._engine_error(answer)
         elif isinstance(answer, AnswerError):
             self._broken(Refusal(Kind.ENGINE_FAILED, answer.message))
+        elif self._committed:
+            # A heartbeat has begun a stream: a whole answer can no longer be told.
+            self._broken(Refusal(Kind.ENGINE_FAILED, "The engine did not stream its answer."))
         else:
             self._whole(answer.body, answer.usage)
 
