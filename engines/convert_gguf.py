@@ -6,6 +6,7 @@ gguf, which the gateway does not have: ``python convert_gguf.py FILE.gguf OUTPUT
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from importlib import import_module
@@ -17,7 +18,9 @@ def convert(source: Path, target: Path) -> None:
     print("loading PyTorch and transformers", flush=True)
     # By name: the gateway's type checker does not have these.
     torch = import_module("torch")
-    transformers = import_module("transformers")
+    gguf, transformers = import_module("gguf"), import_module("transformers")
+    # transformers parses the file three times, 3 s each for the vocabulary alone; once is enough.
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
     transformers.utils.logging.disable_progress_bar()
     place, name = str(source.parent), source.name
     print("reading the tokenizer", flush=True)
