@@ -11,6 +11,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 
 def convert(source: Path, target: Path) -> None:
@@ -18,7 +19,8 @@ def convert(source: Path, target: Path) -> None:
     print("loading PyTorch and transformers", flush=True)
     # By name: the gateway's type checker does not have these.
     torch = import_module("torch")
-    gguf, transformers = import_module("gguf"), import_module("transformers")
+    transformers = import_module("transformers")
+    gguf: Any = import_module("gguf")
     # transformers parses the file three times, 3 s each for the vocabulary alone; once is enough.
     gguf.GGUFReader = functools.cache(gguf.GGUFReader)
     transformers.utils.logging.disable_progress_bar()
