@@ -125,7 +125,7 @@ async def test_while_its_own_bytes_wait_to_be_read(
     client.post(CHAT, chat(stream=True), AUTH)
     await client.head()
     client.stop_reading()
-    await upstream.saw("blocked")
+    await gateway.paused()
     await client.reset()
     await assert_stopped(gateway, upstream)
 

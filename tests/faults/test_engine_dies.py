@@ -17,7 +17,6 @@ from tests.support.script import (
     DONE,
     Answer,
     Do,
-    Gate,
     Script,
     endless_event,
     event_stream,
@@ -230,38 +229,6 @@ async def test_one_dead_engine_of_two_is_never_seen(
     assert [(answer.status, answer.events()) for answer in answers] == [(200, EVENTS)] * 4
     assert sum(line["attempts"] for line in gateway.lines("request")) > 4
     await gateway.idle()
-
-
-async def test_no_other_engine_is_asked_after_the_first_event(
-    pair: Pair,
-) -> None:
-    """What the client has read cannot be taken back."""
-    gateway, first, second = pair
-    for engine in (first, second):
-        engine.always(dies(STREAM, STREAM.after_frame(0), Do.RESET), path=CHAT)
-    answer = await gateway.ask(chat(stream=True))
-    assert answer.events()[0] == EVENTS[0]
-    assert b'"engine_failed"' in answer.events()[-1]
-    assert len(relayed(first)) + len(relayed(second)) == 1
-
-
-async def test_another_engine_is_asked_after_a_heartbeat(pair: Pair, connect: Connect) -> None:
-    """A comment is no event: the status is out, and the client still gets one whole stream."""
-    gateway, first, second = pair
-    gates = {engine.name: Gate() for engine in (first, second)}
-    for engine in (first, second):
-        engine.queue(nothing().do(gates[engine.name]).do(Do.RESET), path=CHAT)
-    client = await connect(gateway.url)
-    client.post(CHAT, chat(stream=True), AUTH)
-    asked = await first.journal.saw("gate")
-    for engine in (first, second):
-        engine.plan.queued.clear()
-    gateway.advance(15)
-    await client.head()
-    assert await client.event() == b": keep-alive\n\n"
-    gates[asked.who].open()
-    assert await client.events() == EVENTS
-    assert gateway.lines("request")[0]["attempts"] == 2
 
 
 async def test_an_unreachable_engine_is_left_alone_afterwards(

@@ -98,6 +98,13 @@ class Gateway:
         await until(lambda: len(self.lines(event)) > index, f"no line {index} of {event!r}")
         return self.lines(event)[index]
 
+    async def paused(self) -> None:
+        """Wait until a client takes so little that the engine's stream is no longer read for it."""
+        await until(
+            lambda: any(request.relay is not None and request.relay._paused for request in self.replica.edge.active),
+            "no stream was paused",
+        )
+
     async def idle(self) -> None:
         """Wait until no request is alive, and check that each gave back what it held."""
         await until(lambda: not self.replica.edge.active, "a request is still alive")

@@ -10,11 +10,17 @@ import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle, islice
 from typing import NamedTuple
 
 # Above the ports of well-known services and below the range the kernel gives to outgoing connections (32768 and up),
 # so that a port which was free stays free until the test listens on it.
 LOWEST_PORT, HIGHEST_PORT = 20000, 32767
+
+# Every port in turn, from a place of this process's own: two free ports asked for one after the other are never the
+# same, and test runs beside each other seldom try the same ones.
+_next_port = cycle(range(LOWEST_PORT, HIGHEST_PORT + 1))
+next(islice(_next_port, int.from_bytes(os.urandom(2), "big"), None))
 
 # Numbers of linux/sock_diag.h and linux/inet_diag.h, and offsets in struct tcp_info of linux/tcp.h.
 SOCK_DIAG_BY_FAMILY = 20
@@ -32,13 +38,11 @@ def tcp_socket(family: socket.AddressFamily = socket.AF_INET) -> socket.socket:
 
 def bind_free(host: str = "127.0.0.1") -> socket.socket:
     """Return a TCP socket bound to a free port below 32768. Raises ``OSError`` when all of them are taken."""
-    span = HIGHEST_PORT - LOWEST_PORT + 1
-    start = int.from_bytes(os.urandom(4), "big") % span
-    for offset in range(span):
+    for port in islice(_next_port, HIGHEST_PORT - LOWEST_PORT + 1):
         candidate = tcp_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            candidate.bind((host, LOWEST_PORT + (start + offset) % span))
+            candidate.bind((host, port))
         except OSError:
             candidate.close()
             continue
@@ -47,7 +51,8 @@ def bind_free(host: str = "127.0.0.1") -> socket.socket:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Return a port that is free now. Prefer ``bind_free`` where the socket can be handed over."""
+    """Return a port that is free now, another one each time. Prefer ``bind_free`` where the socket can be handed
+    over."""
     with bind_free(host) as bound:
         return int(bound.getsockname()[1])
 
