@@ -213,7 +213,8 @@ def ensure_environment(
 
 
 def _stamp(recipe: Recipe) -> dict[str, str]:
-    return {"recipe": recipe.name, "digest": recipe.digest, "python": platform.python_version()}
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"recipe": recipe.name, "digest": recipe.digest, "python": python}
 
 
 def _add_metadata(directory: Path, name: str, version: str) -> None:

@@ -51,6 +51,7 @@ _SIGNAL_BASE = 128
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LISTENING = "0A"
+_UNIX_PATH_LIMIT = 107
 
 
 class Lines:
@@ -567,13 +568,8 @@ def _count(text: str | None) -> int | None:
 def _claim(name: str, address: Address) -> None:
     """See that nothing else listens where the engine will, so that no stranger is taken for it."""
     if address.unix is not None:
-        with socket.socket(socket.AF_UNIX) as visitor:
-            try:
-                visitor.connect(str(address.unix))
-            except OSError:
-                address.unix.unlink(missing_ok=True)
-                return
-        raise MinderError(f"{name} cannot listen on {address.unix}: another program does; stop it or name another path")
+        _claim_unix(name, address.unix)
+        return
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -584,6 +580,28 @@ def _claim(name: str, address: Address) -> None:
                 f"{name} cannot listen on {address.host} port {address.port}: {(error.strerror or str(error)).lower()};"
                 " stop the program that uses it or choose another port"
             ) from error
+
+
+def _claim_unix(name: str, path: Path) -> None:
+    """Remove the file that a killed engine left; refuse one that somebody listens on."""
+    if len(os.fsencode(path)) > _UNIX_PATH_LIMIT:
+        raise MinderError(
+            f"{name} cannot listen on {path}: the path of a Unix socket has at most {_UNIX_PATH_LIMIT} bytes;"
+            " name a shorter one"
+        )
+    with socket.socket(socket.AF_UNIX) as visitor:
+        try:
+            visitor.connect(str(path))
+        except OSError:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+                raise MinderError(
+                    f"{name} cannot listen on {path}: {reason}; remove it or name another path"
+                ) from error
+            return
+    raise MinderError(f"{name} cannot listen on {path}: another program does; stop it or name another path")
 
 
 def _is_ours(port: int, ancestor: int) -> bool:

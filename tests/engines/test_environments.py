@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import re
 import threading
 from pathlib import Path
@@ -107,7 +108,10 @@ def test_another_lock_or_python_makes_another_environment(
     lock.write_text("toy==2\n")
     assert find_environment(recipe, tmp_path) is None
     assert install(fake_uv, tmp_path, recipe).install_seconds is not None
-    monkeypatch.setattr("platform.python_version", lambda: "3.11.99")
+    major, minor, _ = platform.python_version_tuple()
+    monkeypatch.setattr("platform.python_version_tuple", lambda: (major, minor, "99"))
+    assert find_environment(recipe, tmp_path) is not None
+    monkeypatch.setattr("platform.python_version_tuple", lambda: (major, "99", "0"))
     assert find_environment(recipe, tmp_path) is None
 
 

@@ -233,6 +233,14 @@ async def test_a_taken_unix_socket_is_refused(watch: Watch, tmp_path: Path) -> N
     assert path.exists()
 
 
+async def test_a_unix_socket_that_cannot_be_made_is_refused(watch: Watch, tmp_path: Path) -> None:
+    with pytest.raises(MinderError, match="the path of a Unix socket has at most 107 bytes; name a shorter one"):
+        await watch(address=Address(unix=tmp_path / ("x" * 108))).minder.start()
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(MinderError, match=r"directory: is a directory; remove it or name another path"):
+        await watch(address=Address(unix=tmp_path / "directory")).minder.start()
+
+
 async def test_an_obedient_engine_ends_on_sigterm(watch: Watch, gate: Path) -> None:
     """It has the time to say goodbye, and its end is no failure."""
     watched = watch("--gate", str(gate))
