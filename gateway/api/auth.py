@@ -122,9 +122,11 @@ def _parse(text: str) -> IPv4Address | IPv6Address | None:
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     try:
-        return ip_address(text)
+        address = ip_address(text)
     except ValueError:
         return None
+    # A socket that serves both families shows IPv4 peers so.
+    return address if address.version == 4 or address.ipv4_mapped is None else address.ipv4_mapped
 
 
 def _is_trusted(peer: str, trusted: Networks) -> bool:
