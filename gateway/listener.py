@@ -78,6 +78,8 @@ class Listener:
             log_config=None,
             access_log=False,
             server_header=False,
+            # Whose word counts for a client's address is the edge's to decide; uvicorn would believe anybody local.
+            proxy_headers=False,
             ssl_certfile=tls[0] if tls else None,
             ssl_keyfile=tls[1] if tls else None,
             backlog=backlog,
