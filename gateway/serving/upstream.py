@@ -9,7 +9,7 @@ import asyncio
 import enum
 import ssl
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
@@ -75,7 +75,9 @@ class Address:
     host: str
     port: int
     unix: str | None = None
-    tls: ssl.SSLContext | None = None
+    # Two contexts are never equal: after a reload every endpoint with one would be another endpoint.
+    tls: ssl.SSLContext | None = field(default=None, compare=False)
+    ca_file: str | None = None
 
     @property
     def authority(self) -> bytes:
@@ -94,7 +96,7 @@ def parse_address(url: str, ca_file: str | None = None) -> Address:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r} is not an engine's address: write http://host:port, https://host:port or unix:/path")
     tls = ssl.create_default_context(cafile=ca_file) if parts.scheme == "https" else None
-    return Address(parts.hostname, parts.port or (443 if tls else 80), tls=tls)
+    return Address(parts.hostname, parts.port or (443 if tls else 80), tls=tls, ca_file=ca_file)
 
 
 class Connections:
