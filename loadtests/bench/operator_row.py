@@ -44,7 +44,7 @@ def in_time(sample: Sample) -> bool:
 
 
 @dataclass(slots=True)
-class _Search:
+class Search:
     """Bisection for the largest load that is in time; knows nothing of how a load is tried."""
 
     good: float = 0.0
@@ -53,7 +53,7 @@ class _Search:
     def next(self, at_full_core: float) -> float | None:
         """The next load to try, or None when the answer is within a tenth."""
         if not self.bad:
-            return min(self.good * 2, max(self.good * 1.15, at_full_core * 0.85))
+            return min(self.good * 4, max(self.good * 1.15, at_full_core * 0.85))
         if not self.good:
             return self.bad * 0.6
         return None if self.bad / self.good < 1.1 else sqrt(self.good * self.bad)
@@ -61,7 +61,7 @@ class _Search:
 
 def find_capacity(bench: Bench, target: Target, seconds: float) -> float:
     """Streams at once that one core carries in time, found in a few short probes without disturbances."""
-    search, streams = _Search(), 64.0
+    search, streams = Search(), 64.0
     for _ in range(_PROBES):
         sample = bench.measure(NAME, target, operator_load(streams), seconds)
         if in_time(sample):

@@ -58,6 +58,8 @@ class Row:
     load: Load
     fresh: bool = False
     """Start the gateway anew for every run, so that its memory tells what this load needs."""
+    direct: bool = False
+    """Run it without a gateway too: what is left is what the mock and the generator add to a delay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +115,22 @@ ROWS = {
         Row("requests-2k-256", "2 KB requests, 256 connections", Load([Body(2 * KIB)], 256)),
         Row("streams", "streams of 64 chunks at full speed, 32 connections", Load(_streams(), 32)),
         Row("streams-256", "streams of 64 chunks at full speed, 256 connections", Load(_streams(), 256)),
-        Row("paced", "64 streams, a chunk every 5 ms", Load(_streams(200, 5), 64, stagger=1.0, warmup=1.5)),
-        Row("first-event", "streams one after the other", Load(_streams(8), 1, warmup=0.5)),
+        Row(
+            "paced", "32 streams, a chunk every 5 ms", Load(_streams(200, 5), 32, stagger=1.0, warmup=1.5), direct=True
+        ),
+        Row("first-event", "streams one after the other", Load(_streams(8), 1, warmup=0.5), direct=True),
         Row(
             "slow",
             "512 streams, a chunk every 50 ms",
             # Longer than any window: the generator hangs up at the end, and the engine must see that.
             Load(_streams(100_000, 50), 512, stagger=1.0, warmup=2.0, drain=0.0),
+            fresh=True,
+            direct=True,
+        ),
+        Row(
+            "idle",
+            "2,000 streams, a chunk every 4 s",
+            Load(_streams(100_000, 4000), 2000, stagger=4.0, warmup=9.0, drain=0.0),
             fresh=True,
         ),
     )

@@ -17,6 +17,7 @@ import platform
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from loadtests.bench import operator_row, report, soak_row
 from loadtests.bench.native import ENGINE_MODEL, BenchError, Tools, build
 from loadtests.bench.processes import Server, free_port
 from loadtests.bench.rows import ROWS, Bench, Row, Sample, Target
-from loadtests.bench.subjects import PEERS, SUBJECTS, Launch, Place, Subject, attached, install_peers
+from loadtests.bench.subjects import PEERS, ROOT, SUBJECTS, Launch, Place, Subject, attached, install_peers
 
 _EXAMPLES = """\
 rows: {rows}, operator; soak only with --soak
@@ -124,17 +125,17 @@ def mock_engine(tools: Tools, core: int, directory: Path) -> Iterator[tuple[int,
 class Running:
     """A subject that has been started, with what the rows need of it."""
 
-    def __init__(self, subject: Subject, place: Place, cores: tuple[int, int], prefix: Sequence[str] = ()) -> None:
+    def __init__(self, subject: Subject, place: Place, cores: tuple[int, int], path: Sequence[str] = ()) -> None:
         place.directory.mkdir(parents=True, exist_ok=True)
         keys = place.directory / "client-keys.txt"
         keys.write_text("\n".join(place.keys), encoding="utf-8")
         self.launch: Launch = subject.prepare(place)
         self.server = Server(
             subject.name,
-            [*prefix, *self.launch.command],
+            self.launch.command,
             cores[0],
             place.directory / "output.log",
-            self.launch.environment,
+            {"PYTHONPATH": os.pathsep.join([*path, str(ROOT)])},
         )
         self.target = Target(
             subject.name,
@@ -191,13 +192,13 @@ class Session:
         place = Place(self.directory / f"{self._started}-{subject.name}", self.engine_port, self.keys)
         return Running(subject, place, self.cores)
 
-    def bystanders(self) -> list[Target]:
-        """What is measured without being started: the mock engine itself, and what --attach names."""
+    def bystanders(self, direct: bool) -> list[Target]:
+        """What is measured without being started: the mock engine itself, if so asked, and what --attach names."""
         directory = self.directory / "attached"
         directory.mkdir(exist_ok=True)
         keys = directory / "client-keys.txt"
         keys.write_text("\n".join(self.keys), encoding="utf-8")
-        wanted = [("direct", self.engine_port, self.engine_pid, ENGINE_MODEL)]
+        wanted = [("direct", self.engine_port, self.engine_pid, ENGINE_MODEL)] if direct else []
         wanted += [attached(text) for text in self.options.attach]
         return [
             Target(name, port, pid, model, self.engine_port, self.cores, keys, directory)
@@ -235,7 +236,7 @@ class Session:
         """All runs of a row, the gateways taking turns."""
         self.console.print(f"[bold]{row.title}[/]")
         with ExitStack() as started:
-            targets = self.bystanders()
+            targets = self.bystanders(row.direct)
             if not row.fresh:
                 targets += [started.enter_context(self.start(subject)).target for subject in self.subjects]
                 for target in targets:
@@ -335,9 +336,14 @@ def bench(options: argparse.Namespace) -> bool:
     return not session.bad
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Run; 1 when the bench could not run or this gateway gave a wrong answer."""
     options = parser().parse_args()
+    signal.signal(signal.SIGTERM, _interrupt)  # ended from outside, too, it ends what it started
     try:
         return 0 if bench(options) else 1
     except BenchError as error:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -26,7 +26,7 @@ PUBLIC_MODEL = "bench-model"
 PEERS = {"sglang-router": "sglang-router==0.3.2", "smg": "smg==1.13.0"}
 """Routers that can be installed beside: name → what to install, without its declared dependencies."""
 _PEER_NEEDS = ("setproctitle", "aiohttp", "orjson", "requests", "uvicorn", "fastapi")
-_ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,6 @@ class Launch:
     command: Sequence[str]
     ready: str = "/health"
     metrics: tuple[int, str] | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
     reload: Callable[[Server], None] | None = None
 
 
@@ -129,7 +128,7 @@ def _naive(place: Place) -> Launch:
     keys.write_text("\n".join(place.keys), encoding="utf-8")
     models = ["--public-model", PUBLIC_MODEL, "--engine-model", ENGINE_MODEL]
     command = [sys.executable, "-m", "loadtests.bench.naive", "--port", str(port), "--upstream", place.engine_url]
-    return Launch(port, [*command, *models, "--keys", str(keys)], environment={"PYTHONPATH": str(_ROOT)})
+    return Launch(port, [*command, *models, "--keys", str(keys)])
 
 
 def forebay_config(place: Place, face: str, port: int, admin_port: int, extra_keys: int = 0) -> str:
@@ -144,7 +143,14 @@ def forebay_config(place: Place, face: str, port: int, admin_port: int, extra_ke
                 {"name": f"tenant-{number}", "sha256": hashlib.sha256(key.encode()).hexdigest()}
                 for number, key in enumerate(keys)
             ],
-            "upstreams": [{"url": place.engine_url, "engine": "vllm", "models": {PUBLIC_MODEL: ENGINE_MODEL}}],
+            "upstreams": [
+                {
+                    "url": place.engine_url,
+                    "engine": "vllm",
+                    "models": {PUBLIC_MODEL: ENGINE_MODEL},
+                    "max_connections": 4096,
+                }
+            ],
             "shutdown": {"announce": 0, "drain": 1},
             "log": {"format": "json", "file": str(place.directory / "forebay.log")},
             "metrics": {"max_label_values": 1000},
@@ -170,7 +176,6 @@ def _forebay(face: str) -> Callable[[Place], Launch]:
             [sys.executable, "-m", "gateway.cli", "serve", "--config", str(config)],
             ready="/health/ready",
             metrics=(admin_port, "/metrics"),
-            environment={"PYTHONPATH": str(_ROOT)},
             reload=reload,
         )
 
@@ -178,7 +183,7 @@ def _forebay(face: str) -> Callable[[Place], Launch]:
 
 
 def _this_version() -> str:
-    command = ["git", "-C", str(_ROOT), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     commit = f", commit {done.stdout.strip()}" if done.returncode == 0 else ""
     return importlib.metadata.version("forebay") + commit
@@ -189,7 +194,7 @@ def _this_version() -> str:
 
 def peers_directory() -> Path:
     """The environment of the peers, apart from the project's own."""
-    return _ROOT / ".cache" / "bench-peers"
+    return ROOT / ".cache" / "bench-peers"
 
 
 def install_peers(names: Sequence[str], directory: Path | None = None) -> None:
