@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from gateway.api.edge import Edge, Refused
-from gateway.api.protocol import CLOSE_EXTENSION
+from gateway.api.protocol import CLOSE_EXTENSION, REFUSAL_EXTENSION
 from gateway.api.request import Request
 from gateway.errors import Refusal
 from gateway.serving.dialect import Route
@@ -46,9 +46,10 @@ class AsgiFace:
         await self._serve(opened, scope, receive, send)
 
     async def _serve(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
-        client = AsgiClient(request, self._edge, scope.get("extensions", {}).get(CLOSE_EXTENSION))
+        extensions = scope.get("extensions", {})
+        client = AsgiClient(request, self._edge, extensions.get(CLOSE_EXTENSION))
         try:
-            body = await self._read(request, receive)
+            body = await self._read(request, receive, extensions)
             if body is None:
                 return
             client.read = not isinstance(body, Refusal)
@@ -61,7 +62,7 @@ class AsgiFace:
             # However this ends, cancelled included: an answer not finished is one whose client is gone.
             self._edge.client_gone(request)
 
-    async def _read(self, request: Request, receive: Receive) -> bytes | Refusal | None:
+    async def _read(self, request: Request, receive: Receive, extensions: dict[str, Any]) -> bytes | Refusal | None:
         """Return the body, why it is refused, or None when the client left."""
         parts: list[bytes] = []
         size = 0
@@ -69,12 +70,15 @@ class AsgiFace:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
+            if REFUSAL_EXTENSION in extensions:
+                refusal: Refusal = extensions[REFUSAL_EXTENSION]
+                return refusal
             part = message.get("body", b"")
             size += len(part)
             parts.append(part)
-            refusal = self._edge.grow(request, size)
-            if refusal is not None:
-                return refusal
+            too_large = self._edge.grow(request, size)
+            if too_large is not None:
+                return too_large
             if not message.get("more_body", False):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 

@@ -36,6 +36,8 @@ SIZE_LINES = tuple(b"%x\r\n" % size for size in range(2048))
 
 CLOSE_EXTENSION = "forebay.close"
 """ASGI extension: a callable that has the connection closed after the answer being sent."""
+REFUSAL_EXTENSION = "forebay.refusal"
+"""ASGI extension, there once a body turned out to be unreadable: the refusal to answer with. ``receive`` wakes up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,18 @@ class ForebayProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.deadline = NEVER
         self._in_head = False
+        self._in_body = False
+        # Since the last request's end, and of that what is body.
         self._head_bytes = 0
+        self._body_bytes = 0
         self._deaf = False
         self._dropped = 0
         self._reading: RelayedCycle | None = None
         self._serving: RelayedCycle | None = None
+        self._running: Any = None
+        """uvicorn's cycle being served; its newest may be one that waits."""
+        self.waiting_bytes = 0
+        """Of bodies whose requests wait for their turn."""
 
     # --- the connection ---------------------------------------------------------------------------------------------
 
@@ -88,6 +97,11 @@ class ForebayProtocol(HttpToolsProtocol):
         self._reading = None
         if serving is not None:
             serving.client_gone()
+        running, self._running = self._running, None
+        if running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
+        self.pipeline.clear()
         if self._ours():
             # Nothing of uvicorn's own is being served: spare it from finding a cycle of ours.
             self._set_cycle(None)
@@ -117,12 +131,20 @@ class ForebayProtocol(HttpToolsProtocol):
             return
         if self._in_head:
             self._bound_head()
+        elif self._head_bytes:
+            self._bound_framing()
 
     def _bound_head(self) -> None:
         if self._head_bytes > self.rules.header_bytes or len(self.headers) > self.rules.header_count:
             self._answer_unread(self._headers_too_large())
         elif self.deadline == NEVER:
             self.deadline = self.edge.deadlines.clock() + self.rules.headers
+
+    def _bound_framing(self) -> None:
+        """Bound what comes with a body: sizes of chunks, their extensions, trailers."""
+        framing = self._head_bytes - self._body_bytes
+        if framing > 2 * self.rules.header_bytes + 8 * self._body_bytes:
+            self._bad_request("What frames the body (chunk sizes, extensions, trailers) is too large. Send it plainly.")
 
     def _headers_too_large(self) -> Refusal:
         rules = self.rules
@@ -142,12 +164,9 @@ class ForebayProtocol(HttpToolsProtocol):
         elif self._in_head and self._head_bytes:
             seconds = self.rules.headers
             self._answer_unread(Refusal(Kind.SLOW_CLIENT, f"The headers took longer than {seconds:g} s to arrive."))
-        elif self._reading is not None:
+        elif self._in_body:
             seconds = self.rules.body
-            self._reading.refuse(Refusal(Kind.SLOW_CLIENT, f"The body took longer than {seconds:g} s to arrive."))
-        elif self.cycle is not None and not self.cycle.response_complete:
-            # A slow body on a path of FastAPI's.
-            self.transport.abort()
+            self._answer_unread(Refusal(Kind.SLOW_CLIENT, f"The body took longer than {seconds:g} s to arrive."))
         else:
             self.transport.close()
 
@@ -167,6 +186,8 @@ class ForebayProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Start a request's head."""
+        if self._deaf:
+            return
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -180,6 +201,8 @@ class ForebayProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Serve a relayed request here, hand any other to uvicorn."""
+        if self._deaf:
+            return
         self._in_head = False
         if self._head_bytes > self.rules.header_bytes or len(self.headers) > self.rules.header_count:
             size = sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -193,11 +216,17 @@ class ForebayProtocol(HttpToolsProtocol):
         if route is None or self.parser.get_method() != b"POST":
             self._hand_over()
             return
-        keep_alive = self.parser.should_keep_alive()
-        cycle = RelayedCycle(self, route, self.headers, keep_alive, self.parser.get_http_version() == "1.1")
+        # HTTP/1.0 is neither sent chunks nor kept: that would have to be said in words of its own.
+        is_current = self.parser.get_http_version() == "1.1"
+        keep_alive = is_current and self.parser.should_keep_alive()
+        cycle = RelayedCycle(self, route, self.headers, keep_alive, is_current)
+        # Trailers are no headers: what comes after the body is read past.
+        self.headers = []
         existing = self.cycle
         self._set_cycle(cycle)
         self._reading = cycle
+        self._in_body = True
+        self._body_bytes = 0
         if existing is None or existing.response_complete:
             self._start(cycle)
         else:
@@ -210,7 +239,7 @@ class ForebayProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self.url, self.expect_100_continue = url, _expects_continue(headers)
         self.headers.extend(headers)
-        extensions: Any = {CLOSE_EXTENSION: self._close_after}
+        extensions: Any = {}
         self.scope["extensions"] = extensions
         self.deadline = self.edge.deadlines.clock() + self.rules.body
         try:
@@ -218,16 +247,27 @@ class ForebayProtocol(HttpToolsProtocol):
         except (UnicodeDecodeError, httptools.HttpParserInvalidURLError):
             self._bad_request("The request's URL is not valid.")
             return
+        cycle: Any = self.cycle
+        cycle.transport = _CycleTransport(self, cycle)
+        self._in_body = True
+        self._body_bytes = 0
+        extensions[CLOSE_EXTENSION] = cycle.transport.close_after
+        self.headers = []
         # uvicorn stops reading while a request waits behind another; then nobody would see the client leave.
         self.flow.resume_reading()
 
-    def _close_after(self) -> None:
-        self.cycle.keep_alive = False
+    def close_gently(self, cycle: Any) -> None:
+        """Close after the answer of one of uvicorn's cycles, whose body may still be on its way."""
+        if cycle.more_body:
+            self.linger()
+        else:
+            self.transport.close()
 
     def on_body(self, body: bytes) -> None:
         """Take part of a body."""
         if self._deaf:
             return
+        self._body_bytes += len(body)
         if self._reading is not None:
             self._reading.on_body(body)
         elif self.cycle is not None and not self._ours():
@@ -238,12 +278,16 @@ class ForebayProtocol(HttpToolsProtocol):
         if self._deaf:
             return
         self._head_bytes = 0
+        self._in_body = False
         self.deadline = NEVER
         reading, self._reading = self._reading, None
         if reading is not None:
             reading.on_read()
         elif self.cycle is not None and not self._ours():
             super().on_message_complete()
+            if self.cycle.response_complete:
+                # It was answered before its body came: the connection is idle from here on.
+                self.deadline = self.edge.deadlines.clock() + self.rules.keep_alive
 
     # --- uvicorn's queue --------------------------------------------------------------------------------------------
 
@@ -251,6 +295,7 @@ class ForebayProtocol(HttpToolsProtocol):
         if isinstance(cycle, RelayedCycle):
             self._start(cycle)
         else:
+            self._running = cycle
             super()._start_asgi_task(cycle, app)
 
     def _start(self, cycle: RelayedCycle) -> None:
@@ -259,9 +304,12 @@ class ForebayProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Begin the next waiting request, or wait for one to come."""
-        self._serving = None
+        self._serving = self._running = None
         self.server_state.total_requests += 1
         if self.transport.is_closing():
+            return
+        if self._deaf:
+            self.linger()
             return
         self.flow.resume_reading()
         if self.pipeline:
@@ -269,7 +317,7 @@ class ForebayProtocol(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
         elif self.edge.closing:
             self.transport.close()
-        elif not self._in_head and self._reading is None:
+        elif not self._in_head and not self._in_body:
             self.deadline = self.edge.deadlines.clock() + self.rules.keep_alive
 
     def _unset_keepalive_if_required(self) -> None:
@@ -288,23 +336,38 @@ class ForebayProtocol(HttpToolsProtocol):
         self._bad_request("Protocol upgrades are not offered here. Send the request without an 'upgrade' header.")
 
     def _answer_unread(self, refusal: Refusal) -> None:
-        """Refuse what cannot be read as a request; an answer under way is finished first, and then the end."""
-        busy = self._serving is not None or (self.cycle is not None and not self.cycle.response_complete)
+        """Refuse what cannot be read; an answer under way to an earlier request is finished first, and then the end."""
+        in_body, newest = self._in_body, self.cycle
         self._deaf = True
-        self._in_head = False
+        self._in_head = self._in_body = False
         self._reading = None
-        if busy:
-            self.pipeline.clear()
-            if self.cycle is not None:
-                self.cycle.keep_alive = False
-            if self._serving is not None:
-                self._serving.keep_alive = False
+        self.pipeline.clear()
+        current: Any = self._serving or self._running
+        if current is not None and not current.response_complete:
+            if in_body and current is newest:
+                self._refuse_current(current, refusal)
+            else:
+                current.keep_alive = False
+            return
+        if in_body and newest is not None and newest.response_complete:
+            # Answered before its body was read: there is nothing to say any more.
+            self.linger()
             return
         ticket = self.edge.new_ticket("")
         ticket.client = self.peer
         status, headers, body = self.edge.refusal(self.unread, ticket, refusal)
         self.write_answer(status, headers, body, close=True)
         self.linger()
+
+    def _refuse_current(self, cycle: Any, refusal: Refusal) -> None:
+        """Refuse the request being served because of its body."""
+        if isinstance(cycle, RelayedCycle):
+            cycle.refuse(refusal)
+            return
+        cycle.scope["extensions"][REFUSAL_EXTENSION] = refusal
+        cycle.message_event.set()
+        # An application that does not listen loses the connection.
+        self.deadline = self.edge.deadlines.clock() + LINGER
 
     @property
     def peer(self) -> str:
@@ -338,6 +401,29 @@ class ForebayProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.deadline = self.edge.deadlines.clock() + LINGER
+
+
+class _CycleTransport:
+    """What a cycle of uvicorn's writes to: where it would cut off a body that still comes, the rest is read unseen."""
+
+    __slots__ = ("_cycle", "_protocol")
+
+    def __init__(self, protocol: ForebayProtocol, cycle: Any) -> None:
+        self._protocol = protocol
+        self._cycle = cycle
+
+    def write(self, data: bytes) -> None:
+        self._protocol.transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._protocol.transport.is_closing()
+
+    def close(self) -> None:
+        self._protocol.close_gently(self._cycle)
+
+    def close_after(self) -> None:
+        """Have the connection closed after this cycle's answer."""
+        self._cycle.keep_alive = False
 
 
 class RelayedCycle:
@@ -383,6 +469,7 @@ class RelayedCycle:
         """Its turn has come: let it in, or refuse it before its body is read."""
         self._started = True
         protocol = self._protocol
+        protocol.waiting_bytes -= self._size
         opened = protocol.edge.open(self.route, self.headers, protocol.peer)
         if isinstance(opened, Refused):
             self._refused = True
@@ -404,9 +491,11 @@ class RelayedCycle:
         self._size += len(body)
         if self._request is not None and self._request.length is None:
             self._grown()
-        elif self._request is None and self._size > self._protocol.edge.rules.body:
+        elif self._request is None:
             # It waits behind another request: nobody has looked at it yet.
-            self._protocol.transport.abort()
+            self._protocol.waiting_bytes += len(body)
+            if self._protocol.waiting_bytes > self._protocol.edge.rules.body:
+                self._protocol.transport.abort()
 
     def _grown(self) -> bool:
         """Refuse a body that has grown too large; tell whether it was refused."""
