@@ -66,8 +66,11 @@ class AsgiFace:
         """Return the body, why it is refused, or None when the client left."""
         parts: list[bytes] = []
         size = 0
+        reading = Reading(request)
         while True:
-            message = await receive()
+            message = await reading.next(receive)
+            if isinstance(message, Refusal):
+                return message
             if message["type"] == "http.disconnect":
                 return None
             if REFUSAL_EXTENSION in extensions:
@@ -104,6 +107,30 @@ class AsgiFace:
         if not client.finished:
             client.gone()
             self._edge.client_gone(request)
+
+
+class Reading:
+    """A body being read, which the edge may interrupt: the gateway does not wait for a client when it ends."""
+
+    def __init__(self, request: Request) -> None:
+        self._task = asyncio.current_task()
+        self._refusal: Refusal | None = None
+        request.interrupt = self._interrupt
+
+    def _interrupt(self, refusal: Refusal) -> None:
+        self._refusal = refusal
+        if self._task is not None:
+            self._task.cancel()
+
+    async def next(self, receive: Receive) -> Message | Refusal:
+        """Return the next message, or why no more is waited for."""
+        try:
+            return await receive()
+        except asyncio.CancelledError:
+            if self._refusal is None or self._task is None:
+                raise
+            self._task.uncancel()
+            return self._refusal
 
 
 class AsgiClient:

@@ -30,6 +30,8 @@ from gateway.serving.ticket import Outcome, Ticket
 MAX_CLIENT_ID = 512
 """Characters of ``x-client-request-id``, as OpenAI has it."""
 
+_SHUTTING_DOWN = Refusal(Kind.SHUTDOWN, "The gateway is shutting down. Send the request again.", retry_after=1.0)
+
 _JSON: Header = (b"content-type", b"application/json")
 _TEXTUAL = frozenset({b"", b"identity"})
 
@@ -158,6 +160,8 @@ class Edge:
     def run(self, request: Request, body: bytes, client: Client) -> None:
         """Send a request whose body is whole on its way."""
         request.ticket.bytes_in = len(body)
+        request.interrupt = None
+        request.client = client
         request.steps = self._steps(request, body, client)
         self._advance(request, None, client)
 
@@ -212,6 +216,8 @@ class Edge:
         self.active.discard(request)
         # Relay, client and request hold each other: let go here, and nothing waits for the garbage collector.
         request.relay = None
+        request.client = None
+        request.interrupt = None
         self._held -= request.reserved
         request.reserved = 0
 
@@ -271,21 +277,31 @@ class Edge:
         if request.relay is not None:
             request.relay.client_gone()
             return
+        self._leave_steps(request)
+        if not request.ticket.settled:
+            self._release(request)
+            request.ticket.settle(Outcome.CLIENT_GONE, 499, self.deadlines.clock())
+
+    @staticmethod
+    def _leave_steps(request: Request) -> None:
+        """Stop a request wherever it waits."""
         if request.task is not None:
             request.task.cancel()
             request.task = None
         if request.steps is not None:
             request.steps.close()
             request.steps = None
-        if not request.ticket.settled:
-            self._release(request)
-            request.ticket.settle(Outcome.CLIENT_GONE, 499, self.deadlines.clock())
 
     def shut_down(self) -> None:
         """End every request that is left with an error the client can read."""
         for request in list(self.active):
             if request.relay is not None:
                 request.relay.shut_down()
+            elif request.interrupt is not None:
+                request.interrupt(_SHUTTING_DOWN)
+            elif request.client is not None:
+                self._leave_steps(request)
+                self.refuse(request, _SHUTTING_DOWN, request.client)
 
 
 def _check_headers(headers: dict[bytes, bytes], ticket: Ticket) -> Refusal | None:

@@ -476,6 +476,7 @@ class RelayedCycle:
             self.respond(*protocol.edge.refusal(opened.route, opened.ticket, opened.refusal))
             return
         self._request = opened
+        opened.interrupt = self.refuse
         if not self.read and self._chunked and not self._size and _expects_continue(self.headers):
             protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._size and self._grown():

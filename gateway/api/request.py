@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.errors import Refusal
 from gateway.serving.dialect import Route
-from gateway.serving.relay import Relay
+from gateway.serving.relay import Client, Relay
 from gateway.serving.ticket import Ticket
 from gateway.state.keys import KeyRecord
 
@@ -27,7 +28,19 @@ Steps = Generator[Pending, Any, None]
 class Request:
     """A request whose headers are read. ``reserved`` is what its body takes of the byte budget."""
 
-    __slots__ = ("body_limit", "length", "relay", "reserved", "route", "steps", "task", "ticket", "who")
+    __slots__ = (
+        "body_limit",
+        "client",
+        "interrupt",
+        "length",
+        "relay",
+        "reserved",
+        "route",
+        "steps",
+        "task",
+        "ticket",
+        "who",
+    )
 
     def __init__(self, route: Route, ticket: Ticket, who: KeyRecord, body_limit: int, length: int | None) -> None:
         self.route = route
@@ -36,6 +49,10 @@ class Request:
         self.body_limit = body_limit
         self.length = length
         self.reserved = 0
+        self.client: Client | None = None
+        """Whom the steps answer, once the body is whole."""
+        self.interrupt: Callable[[Refusal], None] | None = None
+        """How its face refuses it while the body is still coming."""
         self.steps: Steps | None = None
         self.task: asyncio.Task[None] | None = None
         self.relay: Relay | None = None

@@ -288,3 +288,19 @@ async def test_a_second_sigterm_ends_it_now(
         async with asyncio.timeout(PATIENCE):
             assert await gateway.wait() == 0
     await upstream.saw("closed", connection=relayed(upstream)[0].connection)
+
+
+async def test_a_request_whose_body_is_still_coming_is_told(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect
+) -> None:
+    gateway = await start_gateway(upstream, shutdown=Shutdown(announce=0, drain=0))
+    client = await connect(gateway.url)
+    headers = [("content-type", "application/json"), ("content-length", "1000"), *AUTH]
+    head = "".join(f"{name}: {value}\r\n" for name, value in [("host", "test"), *headers])
+    await client.send_pieces([f"POST {CHAT} HTTP/1.1\r\n{head}\r\n{{".encode()])
+    stopped = stopping(gateway)
+    answer = await client.response()
+    assert (answer.status, answer.json()["error"]["code"]) == (503, "server_shutting_down")
+    assert answer.header("connection") == "close"
+    await over(stopped)
+    assert [line["outcome"] for line in gateway.lines("request")] == ["shutdown"]
