@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from gateway.settings import Upstream
 from tests.clients.server import Server
 from tests.support import node
 from tests.support.clock import ManualClock
 from tests.support.gateway import ENGINE_MODEL, KEY, MODEL, Face, running, settings_for
+from tests.support.real_engine import RealEngine, vllm_engine
 from tests.support.recordings import load
 from tests.support.script import Script, play
 from tests.support.upstream import ScriptedUpstream, SeenRequest, answer_as_recorded
 
+__all__ = ["vllm_engine"]
+
 Start = Callable[[Path], AbstractAsyncContextManager[Server]]
+StartOnEngine = Callable[[RealEngine, Path], AbstractAsyncContextManager[Server]]
 
 ENGINE_KEY = "sk-engine"
 
@@ -49,6 +54,9 @@ PLAYED = (
     "err_prompt_too_long_stream",
     "responses",
     "responses_stream",
+    "messages",
+    "messages_stream",
+    "messages_err",
 )
 
 
@@ -79,32 +87,96 @@ async def gateway_over_recordings(face: Face, folder: Path) -> AsyncIterator[Ser
             yield Server(f"{gateway.url}/v1", KEY, MODEL, speaks_for_itself=True)
 
 
-# Every way to serve; an entry here runs all client tests against one more server.
-SERVERS: dict[str, Start] = {
-    "recorded engine": recorded_engine,
+@asynccontextmanager
+async def gateway_over_vllm(face: Face, engine: RealEngine, folder: Path) -> AsyncIterator[Server]:
+    """The gateway in front of the session's real engine, under a public name that the engine does not know."""
+    upstream = Upstream(url=engine.base_url, models={MODEL: engine.model})
+    async with running(settings_for(face, folder, [upstream]), ManualClock()) as gateway:
+        yield Server(f"{gateway.url}/v1", KEY, MODEL, speaks_for_itself=True)
+
+
+GATEWAYS: dict[str, Start] = {
     "gateway, protocol face": partial(gateway_over_recordings, "protocol"),
     "gateway, asgi face": partial(gateway_over_recordings, "asgi"),
 }
+# Every way to serve without a real engine; an entry here runs all client tests against one more server.
+SERVERS: dict[str, Start] = {"recorded engine": recorded_engine, **GATEWAYS}
+ON_ENGINE: dict[str, StartOnEngine] = {
+    "gateway, protocol face, real vLLM": partial(gateway_over_vllm, "protocol"),
+    "gateway, asgi face, real vLLM": partial(gateway_over_vllm, "asgi"),
+}
+
+
+# What is also asked of a real engine through the asgi face. That face shares all but the way of bytes to the client
+# with the other one, and passes the whole suite over recordings: so here stands one test for each way an answer can go,
+# whole, streamed with and without types, refused by the gateway, refused by the engine before a stream, left early.
+BRIEFLY = frozenset(
+    {
+        "test_chat",
+        "test_stream_with_usage_ends_with_a_chunk_without_choices",
+        "test_streamed_responses_end_with_their_typed_event",
+        "test_a_streamed_message_is_put_together",
+        "test_an_unknown_model_is_not_found",
+        "test_too_long_a_prompt_is_a_bad_request",
+        "test_an_application_may_leave_a_stream_early",
+    }
+)
+BRIEF_SERVER = "gateway, asgi face, real vLLM"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run against the server named on the command line, else against each of ``SERVERS``."""
-    if "server" in metafunc.fixturenames:
-        given = metafunc.config.getoption("--server-url")
-        metafunc.parametrize("server", [given] if given else list(SERVERS), indirect=True)
+    """Run against the server named on the command line, else against every one that fits.
+
+    ``server`` is each of them; ``gateway_server`` leaves out the engine alone, which knows keys of one dialect only.
+    """
+    for name, without_engine in {"server": SERVERS, "gateway_server": GATEWAYS}.items():
+        if name in metafunc.fixturenames:
+            given = metafunc.config.getoption("--server-url")
+            choices = [pytest.param(False, given, id=given)] if given else _choices(metafunc, without_engine)
+            metafunc.parametrize(("engine", name), choices, indirect=True)
+
+
+def _choices(metafunc: pytest.Metafunc, without_engine: Mapping[str, Start]) -> list[object]:
+    on_engine = [name for name in ON_ENGINE if name != BRIEF_SERVER or metafunc.function.__name__ in BRIEFLY]
+    return [
+        *(pytest.param(False, name, id=name) for name in without_engine),
+        *(pytest.param(True, name, id=name, marks=pytest.mark.real_engine) for name in on_engine),
+    ]
+
+
+@pytest.fixture(scope="session")
+def engine(request: pytest.FixtureRequest) -> RealEngine | None:
+    """The session's real engine for servers in front of it, else None: the others must not start one."""
+    return request.getfixturevalue("vllm_engine") if request.param else None
+
+
+@asynccontextmanager
+async def _started(request: pytest.FixtureRequest, engine: RealEngine | None, folder: Path) -> AsyncIterator[Server]:
+    if engine is not None:
+        async with ON_ENGINE[request.param](engine, folder) as started:
+            yield started
+    elif request.param in SERVERS:
+        async with SERVERS[request.param](folder) as started:
+            yield started
+    else:
+        options, url = request.config.getoption, request.param.rstrip("/")
+        yield Server(f"{url}/v1", options("--server-key"), options("--server-model"), speaks_for_itself=False)
 
 
 @pytest.fixture
-async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Server]:
+async def server(request: pytest.FixtureRequest, engine: RealEngine | None, tmp_path: Path) -> AsyncIterator[Server]:
     """A server that speaks OpenAI's dialect."""
-    if request.param in SERVERS:
-        async with SERVERS[request.param](tmp_path) as started:
-            yield started
-        return
-    options = request.config.getoption
-    yield Server(
-        f"{request.param.rstrip('/')}/v1", options("--server-key"), options("--server-model"), speaks_for_itself=False
-    )
+    async with _started(request, engine, tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+async def gateway_server(
+    request: pytest.FixtureRequest, engine: RealEngine | None, tmp_path: Path
+) -> AsyncIterator[Server]:
+    """A gateway, which speaks Anthropic's dialect with Anthropic's keys too."""
+    async with _started(request, engine, tmp_path) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
