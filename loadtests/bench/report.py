@@ -57,16 +57,17 @@ class Metric:
     row: str
     value: Callable[[Raw], float | None]
     ratio: bool = True
+    more_is_better: bool = False
 
 
 METRICS = (
     Metric("CPU per request, 2 KB, ms", "requests-2k", _per("completed", 1e3)),
     Metric("CPU per request, 32 KB, ms", "requests-32k", _per("completed", 1e3)),
-    Metric("requests/s, 32 connections", "requests-2k", _said("requests_per_second")),
-    Metric("requests/s, 256 connections", "requests-2k-256", _said("requests_per_second")),
+    Metric("requests/s, 32 connections", "requests-2k", _said("requests_per_second"), more_is_better=True),
+    Metric("requests/s, 256 connections", "requests-2k-256", _said("requests_per_second"), more_is_better=True),
     Metric("CPU per 64-chunk stream at full speed, ms", "streams", _per("chunks", 64e3)),
-    Metric("chunks/s, 32 connections", "streams", _said("chunks_per_second")),
-    Metric("chunks/s, 256 connections", "streams-256", _said("chunks_per_second")),
+    Metric("chunks/s, 32 connections", "streams", _said("chunks_per_second"), more_is_better=True),
+    Metric("chunks/s, 256 connections", "streams-256", _said("chunks_per_second"), more_is_better=True),
     Metric("CPU per chunk, one every 5 ms, µs", "paced", _per("chunks", 1e6)),
     Metric("time to first event of a stream, alone, p50, ms", "first-event", _said("first_event", "p50")),
     Metric("512 streams, a chunk every 50 ms: CPU per chunk, µs", "slow", _per("chunks", 1e6)),
@@ -74,7 +75,7 @@ METRICS = (
     Metric("… delay of a chunk, p99, ms", "slow", _said("delay", "p99")),
     Metric("… memory of the gateway, MB", "slow", lambda sample: sample["rss_peak"] / 1e6),
     Metric("2,000 idle streams: memory per stream, KB", "idle", _rss_per_stream),
-    Metric("operator: streams one core carries", "operator", _said("mean_inflight")),
+    Metric("operator: streams one core carries", "operator", _said("mean_inflight"), more_is_better=True),
     Metric("… CPU of the core used, %", "operator", lambda sample: _cpu(sample) / sample["seconds"] * 100, ratio=False),
     Metric("… added between tokens, p99, ms", "operator", _said("added_gap", "p99")),
     Metric("… added between tokens, p99.9, ms", "operator", _said("added_gap", "p999")),
@@ -230,6 +231,39 @@ def aims(figures: Figures) -> str:
     return "\n".join(lines)
 
 
+def losses(figures: Figures) -> str:
+    """Every line of the table in which another gateway does better than the fast face, and by how much."""
+    mine = "forebay-protocol"
+    lines = []
+    for metric in METRICS:
+        own = figures.value(mine, metric)
+        if not metric.ratio or not own:
+            continue
+        better = []
+        for subject in figures.subjects:
+            value = figures.value(subject, metric)
+            if subject == "direct" or subject.startswith("forebay") or not value or figures.marked(subject, metric.row):
+                continue
+            factor = value / own if metric.more_is_better else own / value
+            if factor > 1.05:
+                better.append(f"{subject} by {factor:.2f}{TIMES}")
+        if better:
+            lines.append(f"- {_whole_title(metric)}: " + ", ".join(better))
+    return (
+        "Where another gateway does better than Forebay's fast face, by more than 5 %:\n\n" + "\n".join(lines)
+        if lines
+        else ""
+    )
+
+
+def _whole_title(metric: Metric) -> str:
+    """A title that can stand alone: lines that begin with … continue the one above."""
+    if not metric.title.startswith("… "):
+        return metric.title
+    first = next(other for other in METRICS if other.row == metric.row).title
+    return f"{first.partition(':')[0]}: {metric.title[2:]}"
+
+
 # --- the soak, the machine, the page -----------------------------------------------------------------------------
 
 
@@ -276,7 +310,14 @@ def render(lines: Iterable[Raw]) -> str:
     figures = Figures(lines)
     main = table(figures)
     machine = next((line for line in lines if line.get("kind") == "machine"), None)
-    parts = [main, _footnotes(main), aims(figures), soak(figures), conditions(machine, figures) if machine else ""]
+    parts = [
+        main,
+        _footnotes(main),
+        aims(figures),
+        losses(figures),
+        soak(figures),
+        conditions(machine, figures) if machine else "",
+    ]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -295,11 +295,10 @@ class Session:
             ),
             platform.machine(),
         )
-        arguments = [argument for argument in sys.argv[1:] if argument != "--docs"]
         return {
             "kind": "machine",
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "command": shlex.join(["python", "-m", "loadtests.bench.run", *arguments]),
+            "command": shlex.join(["python", "-m", "loadtests.bench.run", *_without_files(sys.argv[1:])]),
             "seed": self.options.seed,
             "runs": self.options.runs,
             "seconds": self.options.seconds,
@@ -309,6 +308,15 @@ class Session:
             "python": platform.python_version(),
             "versions": {subject.name: subject.version() for subject in self.subjects},
         }
+
+
+def _without_files(arguments: Sequence[str]) -> list[str]:
+    """The arguments that change what is measured, without those that say where it is written."""
+    kept = [argument for argument in arguments if argument != "--docs" and not argument.startswith("--out=")]
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return kept
 
 
 def bench(options: argparse.Namespace) -> bool:

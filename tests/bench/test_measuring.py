@@ -105,6 +105,20 @@ def test_an_aim_is_met_or_missed_by_what_was_measured() -> None:
     assert "naive" not in text
 
 
+def test_where_another_gateway_does_better_is_said() -> None:
+    raw = [sample("nginx", "requests-2k", 0.02, requests_per_second=300.0)]
+    raw += [
+        sample("smg", "requests-2k", 0.09, requests_per_second=120.0),
+        sample("forebay-protocol", "requests-2k", 0.06),
+    ]
+    raw += [sample(subject, "slow", 0.1, faults={"status": 1}) for subject in ("smg", "nginx")]
+    raw += [sample("forebay-protocol", "slow", 0.5)]
+    assert report.losses(Figures(raw)).splitlines()[2:] == [
+        "- CPU per request, 2 KB, ms: nginx by 3.00\u00d7",
+        "- requests/s, 32 connections: nginx by 3.00\u00d7, smg by 1.20\u00d7",
+    ]
+
+
 def test_wrong_answers_and_a_pace_not_kept_are_marked() -> None:
     raw = [
         sample("nginx", "paced", 0.1),
