@@ -80,6 +80,8 @@ class Refusal:
     code: str | None = None
     retry_after: float | None = None
     headers: tuple[tuple[bytes, bytes], ...] = field(default=())
+    logged: str | None = None
+    """What the log says instead of ``message``, where that may quote the client's request."""
 
     def openai_error(self) -> dict[str, str | None]:
         """Return the object inside OpenAI's envelope."""

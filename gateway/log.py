@@ -102,6 +102,12 @@ def _for_console(line: dict[str, Any]) -> str:
     rest = dict(line)
     time_, level, event = rest.pop("time", ""), rest.pop("level", "info"), rest.pop("event", "")
     rest.pop("trace", None)
-    values = " ".join(f"{name}={value}" for name, value in rest.items())
+    values = " ".join(f"{name}={_in_one_line(value)}" for name, value in rest.items())
     text = f"{time_[11:23]} {level:<7} {event}  {values}"
     return f"{text}\n{line['trace']}" if "trace" in line else text
+
+
+def _in_one_line(value: object) -> str:
+    """Return a value as text that can neither begin a line of its own nor move a terminal's cursor."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)

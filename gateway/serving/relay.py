@@ -404,7 +404,7 @@ class Relay:
         dialect = self._order.route.dialect
         status = dialect.status(refusal)
         ticket = self._ticket
-        ticket.error = refusal.message
+        ticket.error = refusal.logged or refusal.message
         headers = self._headers(now, stream=False)
         committed, events = self._committed, ticket.events
         self._finish(outcome, 200 if committed else status, now)
@@ -569,7 +569,9 @@ def translate(error: EngineError, model: str, path: str) -> tuple[Cause, Refusal
     message = redact(error.message)
     match error.fault:
         case Fault.REQUEST:
-            return Cause.REQUEST, Refusal(Kind.INVALID, message, error.param, error.code)
+            # Engines quote what they refuse, and that may be the prompt.
+            logged = "refused by the engine" + (f" because of {error.param!r}" if error.param else "")
+            return Cause.REQUEST, Refusal(Kind.INVALID, message, error.param, error.code, logged=logged)
         case Fault.UNSUPPORTED:
             return Cause.REQUEST, Refusal(Kind.UNSUPPORTED, f"The engine that serves {model!r} does not offer {path}.")
         case Fault.OVERLOADED:
