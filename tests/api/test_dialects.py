@@ -59,6 +59,13 @@ async def exchange(
     return gateway, await gateway.ask(request, recording.path)
 
 
+def test_every_relayed_path_has_a_recording() -> None:
+    """A row stands in the table only when real vLLM was recorded on it, streamed too where the row says that it is."""
+    assert {recording.path for recording in SERVED} == set(RELAYED)
+    streamed = {recording.path for recording in SERVED if recording.is_stream}
+    assert streamed == {path for path, route in RELAYED.items() if route.streams}
+
+
 @pytest.mark.parametrize("recording", SERVED, ids=str)
 async def test_what_was_recorded_comes_through_byte_for_byte(
     start_gateway: StartGateway, upstream: ScriptedUpstream, recording: Recording
