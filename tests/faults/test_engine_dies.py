@@ -67,37 +67,37 @@ async def assert_nothing_held(gateway: Gateway) -> None:
     assert gateway.replica.pool.endpoints[0].connections.open == 0
 
 
-@pytest.mark.parametrize("place", BEFORE_THE_FIRST_EVENT.values(), ids=BEFORE_THE_FIRST_EVENT)
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_before_the_first_event_the_client_gets_json(
-    gateway: Gateway, upstream: ScriptedUpstream, place: int, ending: Do
+    gateway: Gateway, upstream: ScriptedUpstream, ending: Do
 ) -> None:
     """The status is not spent on a stream that never began."""
-    upstream.queue(dies(STREAM, place, ending), path=CHAT)
-    answer = await gateway.ask(chat(stream=True))
-    assert (answer.status, answer.header("content-type")) == (502, "application/json")
-    assert (error_of(answer)["type"], error_of(answer)["code"]) == ("server_error", "engine_failed")
-    assert (await gateway.line())["outcome"] == "engine_failed"
-    await assert_nothing_held(gateway)
+    for index, (stage, place) in enumerate(BEFORE_THE_FIRST_EVENT.items()):
+        upstream.queue(dies(STREAM, place, ending), path=CHAT)
+        answer = await gateway.ask(chat(stream=True))
+        assert (answer.status, answer.header("content-type")) == (502, "application/json"), stage
+        assert (error_of(answer)["type"], error_of(answer)["code"]) == ("server_error", "engine_failed"), stage
+        assert (await gateway.line(index=index))["outcome"] == "engine_failed", stage
+        await assert_nothing_held(gateway)
 
 
-@pytest.mark.parametrize(("place", "events"), AFTER_IT.values(), ids=AFTER_IT)
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_after_it_the_stream_ends_with_an_error_event(
-    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, place: int, events: int, ending: Do
+    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, ending: Do
 ) -> None:
     """Every whole event before it came through, no partial one did, and the connection ends: no client can miss it."""
-    upstream.queue(dies(STREAM, place, ending), path=CHAT)
-    client = await connect(gateway.url)
-    client.post(CHAT, chat(stream=True), AUTH)
-    assert (await client.head()).status == 200
-    *before, last = await client.events()
-    assert before == EVENTS[:events]
-    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_failed"
-    assert await client.ended() == "close"
-    line = await gateway.line()
-    assert (line["outcome"], line["status"], line["events"]) == ("engine_failed", 200, events)
-    await assert_nothing_held(gateway)
+    for index, (stage, (place, events)) in enumerate(AFTER_IT.items()):
+        upstream.queue(dies(STREAM, place, ending), path=CHAT)
+        client = await connect(gateway.url)
+        client.post(CHAT, chat(stream=True), AUTH)
+        assert (await client.head()).status == 200
+        *before, last = await client.events()
+        assert before == EVENTS[:events], stage
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_failed", stage
+        assert await client.ended() == "close", stage
+        line = await gateway.line(index=index)
+        assert (line["outcome"], line["status"], line["events"]) == ("engine_failed", 200, events), stage
+        await assert_nothing_held(gateway)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -134,12 +134,12 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("script", UNREADABLE.values(), ids=UNREADABLE)
-async def test_what_cannot_be_read_is_a_502(gateway: Gateway, upstream: ScriptedUpstream, script: Script) -> None:
-    upstream.queue(script, path=CHAT)
-    answer = await gateway.ask(chat())
-    assert (answer.status, error_of(answer)["code"]) == (502, "engine_failed")
-    await gateway.idle()
+async def test_what_cannot_be_read_is_a_502(gateway: Gateway, upstream: ScriptedUpstream) -> None:
+    for what, script in UNREADABLE.items():
+        upstream.queue(script, path=CHAT)
+        answer = await gateway.ask(chat())
+        assert (answer.status, error_of(answer)["code"]) == (502, "engine_failed"), what
+        await gateway.idle()
 
 
 async def test_an_endless_first_event_is_a_502(gateway: Gateway, upstream: ScriptedUpstream) -> None:
@@ -206,17 +206,18 @@ async def pair(start_gateway: StartGateway, journal: Journal, upstream: Scripted
         yield await start_gateway(serving(upstream), serving(second)), upstream, second
 
 
-@pytest.mark.parametrize("place", BEFORE_THE_FIRST_EVENT.values(), ids=BEFORE_THE_FIRST_EVENT)
-async def test_another_engine_is_asked_before_the_first_event(pair: Pair, place: int) -> None:
+async def test_another_engine_is_asked_before_the_first_event(pair: Pair) -> None:
     """The client sees one whole stream, whichever engine was tried first."""
     gateway, first, second = pair
-    for engine in (first, second):
-        engine.queue(dies(STREAM, place, Do.RESET), path=CHAT)
-    answers = [await gateway.ask(chat(stream=True)) for _ in range(3)]
-    # Each engine fails once: both when the first request tries them, then never again.
-    assert [answer.status for answer in answers] == [502, 200, 200]
-    assert answers[1].events() == EVENTS
-    assert [line["attempts"] for line in gateway.lines("request")] == [2, 1, 1]
+    for stage, place in BEFORE_THE_FIRST_EVENT.items():
+        for engine in (first, second):
+            engine.queue(dies(STREAM, place, Do.RESET), path=CHAT)
+        answers = [await gateway.ask(chat(stream=True)) for _ in range(2)]
+        # Each engine fails once: both when the first request tries them, then never again.
+        assert [answer.status for answer in answers] == [502, 200], stage
+        assert answers[1].events() == EVENTS, stage
+    attempts = [line["attempts"] for line in gateway.lines("request")]
+    assert attempts[1::2] == [1] * len(BEFORE_THE_FIRST_EVENT)
     await gateway.idle()
 
 

@@ -48,12 +48,12 @@ async def nothing_comes(client: RawClient) -> None:
     assert client.end is None
 
 
-async def assert_gave_up(gateway: Gateway, upstream: ScriptedUpstream, told: str) -> None:
+async def assert_gave_up(gateway: Gateway, upstream: ScriptedUpstream, told: str, index: int = 0) -> None:
     """The engine's connection is closed, nothing is held, and the log says whose fault it was."""
     await upstream.saw("closed", connection=relayed(upstream)[-1].connection)
     await gateway.idle()
     assert gateway.replica.pool.endpoints[0].connections.open == 0
-    line = await gateway.line()
+    line = await gateway.line(index=index)
     assert (line["outcome"], line["error"]) == ("engine_slow", told)
 
 
@@ -63,24 +63,20 @@ def assert_is_slow(answer: Response, told: str) -> None:
     assert answer.json()["error"]["type"] == "server_error"
 
 
-@pytest.mark.parametrize("place", [0, STREAM.after_head - 5, STREAM.after_head, STREAM.inside_frame(0)])
-@pytest.mark.parametrize("stream", [True, False])
-async def test_an_answer_that_does_not_begin(
-    timed: Gateway, upstream: ScriptedUpstream, connect: Connect, place: int, stream: bool
-) -> None:
+async def test_an_answer_that_does_not_begin(timed: Gateway, upstream: ScriptedUpstream, connect: Connect) -> None:
     """A silent prefill is long, so its time is its own; headers alone are no beginning of a stream."""
-    if not stream and place > STREAM.after_head:
-        place = 0
-    upstream.queue(STREAM.do(Do.UNTIL_READ, place).do(Do.HANG, place), path=CHAT)
-    client = await connect(timed.url)
-    client.post(CHAT, chat(stream=stream), AUTH)
-    await upstream.saw("hanging")
-    timed.advance(60 - ALMOST)
-    await nothing_comes(client)
-    timed.advance(2 * ALMOST)
+    stages = [(True, place) for place in (0, STREAM.after_head - 5, STREAM.after_head, STREAM.inside_frame(0))]
     told = "The engine did not begin its answer for 60 s."
-    assert_is_slow(await client.response(), told)
-    await assert_gave_up(timed, upstream, told)
+    for index, (stream, place) in enumerate([*stages, (False, 0)]):
+        upstream.queue(STREAM.do(Do.UNTIL_READ, place).do(Do.HANG, place), path=CHAT)
+        client = await connect(timed.url)
+        client.post(CHAT, chat(stream=stream), AUTH)
+        await upstream.saw("hanging", times=index + 1)
+        timed.advance(60 - ALMOST)
+        await nothing_comes(client)
+        timed.advance(2 * ALMOST)
+        assert_is_slow(await client.response(), told)
+        await assert_gave_up(timed, upstream, told, index)
 
 
 @pytest.mark.parametrize("place", [STREAM.after_frame(1), STREAM.inside_frame(2), STREAM.inside_size_line(2)])

@@ -38,67 +38,74 @@ ONE_OF_EACH = [
     ("sglang", "chat_stream_usage"),
     ("lmdeploy", "chat_stream_usage"),
 ]
-ASKED = {"stream": True, "prompt": "x", "input": "x"}
 
 
-async def ask(gateway: Gateway, client: RawClient, path: str) -> Response:
-    client.post(path, chat(**ASKED), AUTH)
-    return await client.response()
+@pytest.fixture
+async def for_recordings(start_gateway: StartGateway, upstream: ScriptedUpstream) -> Gateway:
+    """A gateway that serves the model of every recording, as ``public/`` and the engine's own name."""
+    own = {recording.request_json()["model"] for recording in STREAMS}
+    return await start_gateway(serving(upstream, models={f"public/{name}": name for name in own}))
 
 
 async def assert_the_same(
-    gateway: Gateway, upstream: ScriptedUpstream, client: RawClient, script: Script, path: str, plans: list[Plan]
+    upstream: ScriptedUpstream, client: RawClient, recording: Recording, script: Script, plans: list[Plan]
 ) -> None:
     """Play a script under each plan; the client gets whole events, and the same as from one single read."""
-    upstream.queue(script, path=path)
-    whole = await ask(gateway, client, path)
-    assert (whole.status, whole.complete) == (200, True)
+    request = chat(stream=True, prompt="x", input="x", model=f"public/{recording.request_json()['model']}")
+
+    async def ask(played: Script) -> Response:
+        upstream.queue(played, path=recording.path)
+        client.post(recording.path, request, AUTH)
+        return await client.response()
+
+    whole = await ask(script)
+    assert (whole.status, whole.complete) == (200, True), recording
     for plan in plans:
-        upstream.queue(script.cut(plan), path=path)
-        answer = await ask(gateway, client, path)
-        assert answer.body == whole.body, plan
-        assert all(chunk.endswith(b"\n\n") for chunk in answer.chunks), plan
-    # One connection, or a second one where a client asks again before the engine's terminating chunk is there.
-    assert gateway.replica.pool.endpoints[0].connections.accepted <= 2
+        answer = await ask(script.cut(plan))
+        assert answer.body == whole.body, (str(recording), plan)
+        assert all(chunk.endswith(b"\n\n") for chunk in answer.chunks), (str(recording), plan)
 
 
-@pytest.mark.parametrize("recording", STREAMS, ids=str)
-async def test_streams_cut_at_random(
-    start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect, recording: Recording
-) -> None:
+async def test_streams_cut_at_random(for_recordings: Gateway, upstream: ScriptedUpstream, connect: Connect) -> None:
     """Cuts fall into heads, size lines, events and needles alike; all streams share one connection on either side."""
-    gateway = await start_gateway(serving(upstream, models={MODEL: recording.request_json()["model"]}))
-    script = play(recording)
-    plans = list(random_plans(script.data, seed=4, count=8))
-    await assert_the_same(gateway, upstream, await connect(gateway.url), script, recording.path, plans)
+    client = await connect(for_recordings.url)
+    for recording in STREAMS:
+        script = play(recording)
+        plans = list(random_plans(script.data, seed=4, count=8))
+        await assert_the_same(upstream, client, recording, script, plans)
+    # One connection, or a second one where the client asked again before the engine's terminating chunk was there.
+    assert for_recordings.replica.pool.endpoints[0].connections.accepted <= 2
 
 
 @pytest.mark.parametrize(("engine", "name"), ONE_OF_EACH)
 async def test_streams_byte_by_byte(
-    start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect, engine: str, name: str
+    for_recordings: Gateway, upstream: ScriptedUpstream, connect: Connect, engine: str, name: str
 ) -> None:
     recording = load(engine, name)
-    gateway = await start_gateway(serving(upstream, models={MODEL: recording.request_json()["model"]}))
     script = play(recording)
-    plans = [byte_by_byte(script.data)]
-    await assert_the_same(gateway, upstream, await connect(gateway.url), script, recording.path, plans)
+    client = await connect(for_recordings.url)
+    await assert_the_same(upstream, client, recording, script, [byte_by_byte(script.data)])
 
 
-async def test_a_stream_cut_at_every_byte(gateway: Gateway, upstream: ScriptedUpstream, connect: Connect) -> None:
-    script = play(load("vllm", "chat_stream_length"))
-    await assert_the_same(gateway, upstream, await connect(gateway.url), script, CHAT, list(every_cut(script.data)))
+async def test_a_stream_cut_at_every_byte(
+    for_recordings: Gateway, upstream: ScriptedUpstream, connect: Connect
+) -> None:
+    recording = load("vllm", "chat_stream_length")
+    script = play(recording)
+    client = await connect(for_recordings.url)
+    await assert_the_same(upstream, client, recording, script, list(every_cut(script.data)))
 
 
-@pytest.mark.parametrize("trailers", [[], [("x-checksum", "0")], [("x-a", "0\r\nx-b: 0")]])
 async def test_trailers_end_a_stream_like_any_other(
-    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, trailers: list[tuple[str, str]]
+    for_recordings: Gateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
     """A body whose text ends like a terminating chunk does not end it either."""
     first = b'data: {"model":"smollm2","choices":[{"delta":{"content":"0\\r\\n\\r\\n"}}]}\n\n'
-    script = event_stream([first, b": 0\r\n\r\n", DONE], trailers=trailers)
-    await assert_the_same(
-        gateway, upstream, await connect(gateway.url), script, CHAT, list(random_plans(script.data, seed=5, count=40))
-    )
+    client = await connect(for_recordings.url)
+    for trailers in ([], [("x-checksum", "0")], [("x-a", "0\r\nx-b: 0")]):
+        script = event_stream([first, b": 0\r\n\r\n", DONE], trailers=trailers)
+        plans = list(random_plans(script.data, seed=5, count=40))
+        await assert_the_same(upstream, client, load("vllm", "chat_stream"), script, plans)
 
 
 async def test_a_request_cut_at_every_byte(gateway: Gateway, upstream: ScriptedUpstream, connect: Connect) -> None:
