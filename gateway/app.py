@@ -23,7 +23,7 @@ from gateway.api.asgi import AsgiFace
 from gateway.api.auth import Authenticator
 from gateway.api.edge import Edge, EdgeRules
 from gateway.api.media import MediaRules
-from gateway.api.protocol import SUPPORTED, ConnectionRules, bound
+from gateway.api.protocol import SUPPORTED, ConnectionRules, ForebayProtocol, bound
 from gateway.api.rest import WithRequestId, admin_app, public_app
 from gateway.api.routes import RELAYED
 from gateway.keyring import Keyring
@@ -33,9 +33,9 @@ from gateway.metrics import Metrics
 from gateway.serving.deadlines import Deadlines
 from gateway.serving.pool import EndpointSpec, Pool
 from gateway.serving.relay import RelayLimits
-from gateway.serving.upstream import parse_address
+from gateway.serving.upstream import Address, parse_address
 from gateway.serving.watch import Watcher
-from gateway.settings import ConfigError, Settings, diff, fingerprint, load
+from gateway.settings import ConfigError, Settings, Upstream, diff, fingerprint, load
 from gateway.state.database import StateError
 
 HOUSEKEEPING = 0.1
@@ -72,6 +72,10 @@ class Replica:
         looks = settings.discovery
         self.watcher = Watcher(self.pool, self.metrics, self.log, looks.interval, looks.down_interval)
         self.listeners: list[Listener] = []
+        self._protocols: list[type[ForebayProtocol]] = []
+        self._stamp = self._file_stamp()
+        self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[list[str]]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
@@ -104,31 +108,26 @@ class Replica:
         self.log.say(
             "info", "started", port=self.port, face=settings.listen.face, configuration=fingerprint(settings)[:12]
         )
-        if settings.auth == "none" and not settings.listen.is_loopback:
-            self.log.say(
-                "warning",
-                "open_to_everybody",
-                why=f"auth is 'none' and {settings.listen.host} can be reached from other machines: anybody may use it",
-            )
+        self._warn_of_open_doors()
+
+    def _warn_of_open_doors(self) -> None:
+        listen = self.settings.listen
+        if self.settings.auth == "none" and not listen.is_loopback:
+            told = f"auth is 'none' and {listen.host} can be reached from other machines: anybody may use it"
+            self.log.say("warning", "open_to_everybody", why=told)
 
     def _make_listeners(self) -> None:
         settings, listen = self.settings, self.settings.listen
         version = metadata.version("forebay")
         public = public_app(self.edge, version)
         rest = WithRequestId(public, self.edge)
-        rules = ConnectionRules(
-            headers=settings.timeouts.headers,
-            body=settings.timeouts.body,
-            keep_alive=listen.keep_alive,
-            header_bytes=settings.limits.header_bytes,
-            header_count=settings.limits.header_count,
-            connections=settings.limits.connections,
-        )
+        rules = connection_rules(settings, listen.keep_alive)
         fast = listen.face == "protocol"
         sock = bind_unix(str(listen.unix_socket)) if listen.unix_socket else bind(listen.host, listen.port)
         tls = (str(listen.tls.certificate), str(listen.tls.private_key)) if listen.tls else None
         face = AsgiFace(self.edge, RELAYED, rest)
-        self.listeners.append(Listener(face, sock, bound(self.edge, rules, RELAYED, fast=fast), tls, listen.backlog))
+        self._protocols.append(bound(self.edge, rules, RELAYED, fast=fast))
+        self.listeners.append(Listener(face, sock, self._protocols[0], tls, listen.backlog))
         if settings.admin.enabled:
             admin = WithRequestId(admin_app(self.edge, public, version), self.edge)
             try:
@@ -136,12 +135,11 @@ class Replica:
             except ListenError:
                 self.listeners[0].discard()
                 raise
-            protocol = bound(self.edge, rules, RELAYED, fast=False)
-            self.listeners.append(Listener(admin, sock, protocol, None, listen.backlog))
+            self._protocols.append(bound(self.edge, rules, RELAYED, fast=False))
+            self.listeners.append(Listener(admin, sock, self._protocols[1], None, listen.backlog))
 
     async def _keep_house(self) -> None:
         """Write the log, keep the date, and notice a changed file."""
-        stamp = self._file_stamp()
         ticks = 0
         while True:
             await asyncio.sleep(HOUSEKEEPING)
@@ -150,9 +148,7 @@ class Replica:
             if ticks % 10 == 0:
                 for listener in self.listeners:
                     listener.tick()
-                now = self._file_stamp()
-                if now != stamp:
-                    stamp = now
+                if self._file_stamp() != self._stamp:
                     await self.reload()
 
     def _file_stamp(self) -> tuple[int, int] | None:
@@ -168,38 +164,63 @@ class Replica:
 
     async def reload(self) -> list[str]:
         """Read the file again and swap what can change while running. Returns what went wrong; then nothing changed."""
-        self.log.reopen()
+        async with self._reloading:
+            return await self._reload()
+
+    def reload_soon(self) -> None:
+        """Reload in the background, as SIGHUP asks for."""
+        task = asyncio.get_running_loop().create_task(self.reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    async def _reload(self) -> list[str]:
+        try:
+            self.log.reopen()
+        except OSError as error:
+            self.log.say("error", "log_not_reopened", error=str(error), why="lines go on to the file opened before")
         if self._path is None:
             return []
+        self._stamp = self._file_stamp()
         try:
             # A file of a thousand keys takes a while to read: the streams go on meanwhile.
             settings = await asyncio.to_thread(load, self._path)
             specs = endpoint_specs(settings)
             await self.keyring.reconfigure(settings)
-        except (ConfigError, ValueError) as error:
+        except (ConfigError, StateError, ValueError) as error:
             problems = error.problems if isinstance(error, ConfigError) else [str(error)]
             self.metrics.reloaded(False)
             self.log.say("error", "reload_refused", problems=problems)
             return problems
         changes = diff(self.settings, settings)
-        self.settings = settings
-        self.edge.rules = edge_rules(settings)
-        self.watcher.interval, self.watcher.down_interval = (
-            settings.discovery.interval,
-            settings.discovery.down_interval,
-        )
+        self._apply(settings)
         await self._change_endpoints(specs)
         self.metrics.reloaded(True)
         self.log.say("info", "reloaded", changed=changes.live, configuration=fingerprint(settings)[:12])
+        if "auth" in changes.live:
+            self._warn_of_open_doors()
         if changes.needs_restart:
             self.log.say("warning", "restart_needed", for_changes_in=changes.needs_restart)
         return []
+
+    def _apply(self, settings: Settings) -> None:
+        """Swap the rules that everything goes by; ``NEEDS_RESTART`` names what is left out."""
+        rules = connection_rules(settings, self._protocols[0].rules.keep_alive)
+        for protocol in self._protocols:
+            protocol.rules = rules
+        self.settings = settings
+        self.edge.rules = edge_rules(settings)
+        self.watcher.interval = settings.discovery.interval
+        self.watcher.down_interval = settings.discovery.down_interval
+        self.log.configure(settings.log.format, settings.log.level)
+        self.metrics.bound_labels(settings.metrics.max_label_values)
 
     async def _change_endpoints(self, specs: list[EndpointSpec]) -> None:
         """Take endpoints in and out; requests under way at one that goes finish there."""
         added, gone = self.pool.configure(specs, int(time.time()))
         await self.watcher.watch(added)
         await self.watcher.forget(gone)
+        for endpoint in gone:
+            endpoint.connections.retire()
         served = {name for endpoint in self.pool.endpoints for name in endpoint.models}
         if gone:
             self.pool.catalogue.retain(served)
@@ -242,9 +263,10 @@ class Replica:
 
     async def close(self) -> None:
         """Let go of everything."""
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._reloads]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.watcher.stop()
         await self.deadlines.stop()
         for listener in self.listeners:
@@ -254,6 +276,18 @@ class Replica:
         await self.keyring.stop()
         self.executor.shutdown(wait=False)
         await asyncio.sleep(0)
+
+
+def connection_rules(settings: Settings, keep_alive: float) -> ConnectionRules:
+    """Return what connections go by; how long they are kept belongs to the listener, which is bound once."""
+    return ConnectionRules(
+        headers=settings.timeouts.headers,
+        body=settings.timeouts.body,
+        keep_alive=keep_alive,
+        header_bytes=settings.limits.header_bytes,
+        header_count=settings.limits.header_count,
+        connections=settings.limits.connections,
+    )
 
 
 def edge_rules(settings: Settings) -> EdgeRules:
@@ -295,13 +329,22 @@ def endpoint_specs(settings: Settings) -> list[EndpointSpec]:
                 name=upstream.name or upstream.url,
                 url=upstream.url,
                 engine=engine,
-                address=parse_address(upstream.url, str(upstream.ca_file) if upstream.ca_file else None),
+                address=_address(upstream),
                 api_key=upstream.credential(),
                 models=tuple(sorted(upstream.models.items())) if upstream.models is not None else None,
                 max_connections=upstream.max_connections,
             )
         )
     return specs
+
+
+def _address(upstream: Upstream) -> Address:
+    try:
+        return parse_address(upstream.url, str(upstream.ca_file) if upstream.ca_file else None)
+    except OSError as error:
+        # What ssl finds wrong in a file of certificates is an OSError too.
+        told = f"upstream {upstream.url}: ca_file {upstream.ca_file} cannot be read ({error.strerror or error})"
+        raise ConfigError([told]) from None
 
 
 async def serve(settings: Settings, path: Path | None = None) -> int:
@@ -313,16 +356,9 @@ async def serve(settings: Settings, path: Path | None = None) -> int:
     except BaseException:
         await replica.close()
         raise
-    reloads: set[asyncio.Task[list[str]]] = set()
-
-    def reload() -> None:
-        task = loop.create_task(replica.reload())
-        reloads.add(task)
-        task.add_done_callback(reloads.discard)
-
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, replica.stop)
-    loop.add_signal_handler(signal.SIGHUP, reload)
+    loop.add_signal_handler(signal.SIGHUP, replica.reload_soon)
     await replica.until_stopped()
     return 0
 

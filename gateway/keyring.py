@@ -37,12 +37,12 @@ class Keyring:
     async def start(self) -> None:
         """Open and migrate the database, read all keys. Raises StateError or ConfigError."""
         if self._settings.auth == "keys":
-            await asyncio.to_thread(self._open)
+            await asyncio.to_thread(self._open, self._settings)
         self._apply(self._settings)
 
-    def _open(self) -> None:
-        upgrade(self._settings.state_url)
-        self._store = KeyStore(self._settings.state_url)
+    def _open(self, settings: Settings) -> None:
+        upgrade(settings.state_url)
+        self._store = KeyStore(settings.state_url)
         self._snapshot = self._store.load_all()
         self._seen_at = self._clock()
 
@@ -52,11 +52,10 @@ class Keyring:
         self._authenticator.replace(table)
 
     async def reconfigure(self, settings: Settings) -> None:
-        """Take the file's keys anew. Raises ConfigError and changes nothing when one cannot be read."""
+        """Take the file's keys anew. ConfigError when one cannot be read, StateError; then nothing has changed."""
         if settings.auth == "keys" and self._store is None:
             declared(settings.keys)
-            self._settings = settings
-            await asyncio.to_thread(self._open)
+            await asyncio.to_thread(self._open, settings)
         self._apply(settings)
 
     async def keep_current(self) -> None:

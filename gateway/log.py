@@ -85,11 +85,17 @@ class Log:
             print(f"forebay: the log cannot be written: {error}", file=sys.__stderr__)
 
     def reopen(self) -> None:
-        """Open the file again, after it was rotated."""
+        """Open the file again, after it was rotated. OSError when that fails; lines then go on to the old one."""
         if self._path is not None:
             self.flush()
+            stream = self._path.open("ab", buffering=0)
             self._stream.close()
-            self._stream = self._path.open("ab", buffering=0)
+            self._stream = stream
+
+    def configure(self, form: Literal["json", "console"], level: str) -> None:
+        """Write what comes from here on in another form, or more or less of it."""
+        self._form = form
+        self._level = LEVELS[level]
 
     def close(self) -> None:
         """Write the rest and close the file."""

@@ -87,6 +87,10 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
+    def bound_labels(self, most: int) -> None:
+        """Show at most so many tenants and models by name; those shown already stay."""
+        self._max = most
+
     def model(self, name: str) -> ModelSeries:
         """Return a model's series; ``name`` comes from the catalogue, or is empty where none was named."""
         series = self._models.get(name)

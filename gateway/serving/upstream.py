@@ -108,6 +108,7 @@ class Connections:
         self.open = 0
         self.accepted = 0
         """Connections made so far."""
+        self._retired = False
         self._idle: deque[Connection] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._all: set[Connection] = set()
@@ -139,6 +140,8 @@ class Connections:
     def keep(self, connection: Connection) -> None:
         """Take back a connection that can serve again."""
         self._idle.append(connection)
+        if self._retired:
+            connection.close()
 
     def drop(self, connection: Connection) -> None:
         """Forget a connection that is gone."""
@@ -147,6 +150,12 @@ class Connections:
             self.open -= 1
             if connection.idle:
                 self._idle.remove(connection)
+
+    def retire(self) -> None:
+        """Close every connection that is idle, now or once its answer is through: the engine is not ours any more."""
+        self._retired = True
+        for connection in list(self._idle):
+            connection.close()
 
     def close(self) -> None:
         """Close every connection, in use or not."""
