@@ -53,7 +53,7 @@ class Replica:
     ) -> None:
         self.settings = settings
         self._path = path
-        self.log = Log(settings.log.format, settings.log.file, settings.log.level)
+        self.log = _open_log(settings)
         self.metrics = Metrics(settings.metrics.max_label_values)
         self.deadlines = Deadlines(clock)
         self.pool = Pool(Catalogue())
@@ -130,11 +130,7 @@ class Replica:
         self.listeners.append(Listener(face, sock, self._protocols[0], tls, listen.backlog))
         if settings.admin.enabled:
             admin = WithRequestId(admin_app(self.edge, public, version), self.edge)
-            try:
-                sock = bind(settings.admin.host, settings.admin.port)
-            except ListenError:
-                self.listeners[0].discard()
-                raise
+            sock = bind(settings.admin.host, settings.admin.port)
             self._protocols.append(bound(self.edge, rules, RELAYED, fast=False))
             self.listeners.append(Listener(admin, sock, self._protocols[1], None, listen.backlog))
 
@@ -276,6 +272,14 @@ class Replica:
         await self.keyring.stop()
         self.executor.shutdown(wait=False)
         await asyncio.sleep(0)
+
+
+def _open_log(settings: Settings) -> Log:
+    try:
+        return Log(settings.log.format, settings.log.file, settings.log.level)
+    except OSError as error:
+        told = f"log.file: {settings.log.file} cannot be opened ({error.strerror}); make its directory or name another"
+        raise ConfigError([told]) from None
 
 
 def connection_rules(settings: Settings, keep_alive: float) -> ConnectionRules:

@@ -84,13 +84,16 @@ class Listener:
             ssl_keyfile=tls[1] if tls else None,
             backlog=backlog,
         )
-        self._config.load()
+        try:
+            self._config.load()
+        except OSError as error:
+            # What ssl finds wrong in a certificate is an OSError too.
+            sock.close()
+            files = " and ".join(tls or ())
+            told = f"listen.tls: {files} cannot be used: {error.strerror or error}. Give a certificate and its own key."
+            raise ListenError(told) from None
         self.state = ServerState()
         self._server: asyncio.Server | None = None
-
-    def discard(self) -> None:
-        """Let go of a socket that was never listened on."""
-        self._sock.close()
 
     @property
     def port(self) -> int:
@@ -120,6 +123,8 @@ class Listener:
         """Accept no more connections, and close those that wait for a request."""
         if self._server is not None:
             self._server.close()
+        else:
+            self._sock.close()
         for connection in list(self.state.connections):
             connection.shutdown()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -71,13 +72,16 @@ def admin_app(edge: Edge, public: FastAPI, version: str) -> FastAPI:
         text = await asyncio.get_running_loop().run_in_executor(None, edge.metrics.render)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    app.openapi = lambda: schema(public, app)  # type: ignore[method-assign]
+    app.openapi = cache(lambda: schema(public, app))  # type: ignore[method-assign]
     return app
 
 
 def schema(public: FastAPI, admin: FastAPI) -> dict[str, Any]:
     """Return the OpenAPI schema of all paths, the relayed ones from their table."""
-    document = get_openapi(title=TITLE, version=public.version, summary=SUMMARY, routes=[*public.routes, *admin.routes])
+    # Health is on both listeners, and stands here once.
+    shown = {getattr(route, "path", "") for route in public.routes}
+    routes = [*public.routes, *(route for route in admin.routes if getattr(route, "path", "") not in shown)]
+    document = get_openapi(title=TITLE, version=public.version, summary=SUMMARY, routes=routes)
     answers = {
         "200": {"description": "The engine's answer, or its event stream where the body says 'stream': true"},
         "4XX": {"description": "The request is refused; the error says why and what to do"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from tests.support.gateway import (
     serving,
     until,
 )
-from tests.support.journal import Journal
+from tests.support.journal import PATIENCE, Journal
 from tests.support.recordings import load
 from tests.support.script import DONE, Gate, event_stream, json_answer, play
 from tests.support.sockets import free_port
@@ -424,3 +426,27 @@ async def test_an_unchanged_file_is_left_alone(start_gateway: StartGateway, file
     assert gateway.replica.pool.endpoints == pool
     assert gateway.lines("reloaded")[0]["changed"] == []
     assert gateway.lines("restart_needed") == []
+
+
+async def test_sighup_reloads_the_process(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """Also when the file is the same: a secret beside it, or the log's own file, may have changed."""
+    file = File(tmp_path / "forebay.yaml", "protocol", upstream)
+    del file.tree["log"]
+    file.write()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway.app", "--config", str(file.path), stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stderr is not None
+        for wanted, then in ((b'"started"', signal.SIGHUP), (b'"reloaded"', signal.SIGTERM)):
+            async with asyncio.timeout(3 * PATIENCE):
+                while wanted not in (line := await process.stderr.readline()):
+                    assert line, f"it ended with code {await process.wait()}"
+            process.send_signal(then)
+        async with asyncio.timeout(PATIENCE):
+            await process.communicate()
+        assert process.returncode == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
