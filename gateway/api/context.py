@@ -16,30 +16,43 @@ from gateway.api.request import Pending
 from gateway.errors import Kind, Refusal
 from gateway.serving.dialect import Route
 from gateway.serving.pool import Pool
-from gateway.serving.tokens import count_tokens
+from gateway.serving.tokens import TEMPLATE_TOKENS, Uncounted, count_tokens
+
+_MEDIA = (b"url", b"data", b"\\u")
 
 
 def fit_context(
     asked: Asked, route: Route, cap: int, pool: Pool, body_bytes: int
 ) -> Generator[Pending, Any, Refusal | None]:
     """Refuse a request that needs more context than its key may use; where no output limit is stated, set one."""
-    output = asked.max_tokens or 0
+    stated, writes = asked.max_tokens, bool(route.token_fields)
+    output = stated if stated is not None else int(writes)
     if output > cap:
         return _too_long(cap, f"its output limit alone is {output}")
-    prompt = body_bytes
-    if body_bytes + output > cap:
-        counted = yield Pending(count_tokens(pool, asked.model, route.path, asked.fields))
-        if counted is None:
+    prompt = body_bytes + TEMPLATE_TOKENS
+    # Where no limit is stated the answer gets what is left: a bound that leaves little of it is not good enough.
+    bound = cap // 4 if stated is None and writes else cap - output
+    if prompt > bound or _holds_media(asked, route):
+        counted = yield Pending(count_tokens(pool, asked.model, route.path, asked.fields, bound))
+        if counted is Uncounted.NOT_NOW:
             told = "The prompt cannot be counted now, and this key's context is capped. Try again shortly."
             return Refusal(Kind.NO_ENGINE, told, retry_after=1.0)
+        if counted is Uncounted.NEVER:
+            return _too_long(cap, f"its {body_bytes} bytes may be more than that and cannot be counted on this path")
         prompt = counted
-    if prompt + max(output, 1 if route.token_fields else 0) > cap:
+    if prompt + output > cap:
         return _too_long(cap, f"the prompt has {prompt} and the output limit is {output}")
-    if route.token_fields and asked.max_tokens is None:
+    if stated is None and writes:
         left = cap - prompt
         asked.max_tokens = left if route.implied_tokens is None else min(left, route.implied_tokens)
         asked.fields[route.token_fields[-1]] = msgspec.Raw(b"%d" % asked.max_tokens)
     return None
+
+
+def _holds_media(asked: Asked, route: Route) -> bool:
+    """Tell whether there may be an image or the like, whose tokens have nothing to do with the bytes that name it."""
+    fields = (bytes(asked.fields[name]) for name in route.media_fields if name in asked.fields)
+    return any(needle in raw for raw in fields for needle in _MEDIA)
 
 
 def _too_long(cap: int, why: str) -> Refusal:
