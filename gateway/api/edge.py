@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import Any
 
 from gateway.api.auth import Authenticator, Networks, client_address, may_use
 from gateway.api.context import fit_context
@@ -235,18 +236,21 @@ class Edge:
             request.steps = None
             self._internal(request, error, client)
         else:
-            request.task = asyncio.get_running_loop().create_task(self._wait(request, pending, client))
+            # The awaitable itself becomes the task: cancelled before its first turn it is closed and not forgotten.
+            request.task = task = asyncio.ensure_future(pending.awaitable)
+            task.add_done_callback(lambda done: self._resume(request, done, client))
 
-    async def _wait(self, request: Request, pending: Pending, client: Client) -> None:
-        try:
-            value = await pending.awaitable
-        except Exception as error:
-            request.task = None
-            request.steps = None
-            self._internal(request, error, client)
+    def _resume(self, request: Request, done: asyncio.Future[Any], client: Client) -> None:
+        """Go on with what a step waited for; nothing follows where the request was left in the meantime."""
+        error = RuntimeError("what a step waited for was cancelled") if done.cancelled() else done.exception()
+        if request.task is not done:
             return
         request.task = None
-        self._advance(request, value, client)
+        if isinstance(error, Exception):
+            request.steps = None
+            self._internal(request, error, client)
+        else:
+            self._advance(request, done.result(), client)
 
     def _internal(self, request: Request, error: Exception, client: Client) -> None:
         self.log.failed("internal_error", error, request_id=request.ticket.request_id)

@@ -54,5 +54,5 @@ class Request:
         self.interrupt: Callable[[Refusal], None] | None = None
         """How its face refuses it while the body is still coming."""
         self.steps: Steps | None = None
-        self.task: asyncio.Task[None] | None = None
+        self.task: asyncio.Future[Any] | None = None
         self.relay: Relay | None = None
