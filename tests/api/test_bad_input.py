@@ -373,12 +373,12 @@ async def test_a_connection_is_idle_once_a_body_nobody_asked_for_is_through(gate
 # --- content types and encodings -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "GZIP", "gzip, gzip", "zstd"])
-async def test_a_compressed_body_is_refused(gateway: Gateway, upstream: ScriptedUpstream, encoding: str) -> None:
+async def test_a_compressed_body_is_refused(gateway: Gateway, upstream: ScriptedUpstream) -> None:
     """A few bytes could become gigabytes; the answer says to send it plain."""
     body = gzip.compress(json.dumps(chat()).encode())
-    answer = await gateway.ask(body, headers=[*AUTH, ("content-encoding", encoding)])
-    assert (answer.status, error_of(answer)["code"]) == (415, "unsupported_media_type")
+    for encoding in ("gzip", "br", "deflate", "GZIP", "gzip, gzip", "zstd"):
+        answer = await gateway.ask(body, headers=[*AUTH, ("content-encoding", encoding)])
+        assert (answer.status, error_of(answer)["code"]) == (415, "unsupported_media_type"), encoding
     assert relayed(upstream) == []
 
 
@@ -410,55 +410,59 @@ async def test_json_by_any_name_is_read(gateway: Gateway, upstream: ScriptedUpst
 # --- methods and paths -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(RELAYED))
-@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
 async def test_another_method_on_a_relayed_path_is_a_405(
-    gateway: Gateway, upstream: ScriptedUpstream, path: str, method: str
+    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
-    """With the one that is allowed, as HTTP asks for."""
-    answer = await gateway.get(path, AUTH, method=method)
-    assert (answer.status, answer.header("allow")) == (405, "POST")
-    if method != "HEAD":
-        assert error_of(answer)["message"] == f"{method} is not offered on {path}. Use POST."
+    """With the one that is allowed, as HTTP asks for; the connection is kept."""
+    client = await connect(gateway.url)
+    for path in RELAYED:
+        for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"):
+            client.request(method, path, AUTH)
+            answer = await client.response()
+            assert (answer.status, answer.header("allow")) == (405, "POST"), (method, path)
+            if method != "HEAD":
+                assert error_of(answer)["message"] == f"{method} is not offered on {path}. Use POST."
     assert relayed(upstream) == []
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/health/live", "/v1/models/x"])
-async def test_another_method_on_other_paths_is_a_405(gateway: Gateway, path: str) -> None:
-    answer = await gateway.get(path, [*AUTH, ("content-length", "0")], method="POST")
-    assert (answer.status, answer.header("allow")) == (405, "GET")
-    assert error_of(answer)["code"] == "method_not_allowed"
+async def test_another_method_on_other_paths_is_a_405(gateway: Gateway) -> None:
+    for path in ("/v1/models", "/health/live", "/v1/models/x"):
+        answer = await gateway.get(path, [*AUTH, ("content-length", "0")], method="POST")
+        assert (answer.status, answer.header("allow")) == (405, "GET")
+        assert error_of(answer)["code"] == "method_not_allowed"
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/chat", "/v1/chat/completions/", "//v1/chat/completions", "/v1/files", "/docs", "/metrics"]
-)
-async def test_what_is_not_there_is_a_404(gateway: Gateway, upstream: ScriptedUpstream, path: str) -> None:
+NOWHERE = ("/", "/v1", "/v1/chat", "/v1/chat/completions/", "//v1/chat/completions", "/v1/files", "/docs", "/metrics")
+
+
+async def test_what_is_not_there_is_a_404(gateway: Gateway, upstream: ScriptedUpstream) -> None:
     """Also the documentation and the metrics, which only operators reach; a redirect never."""
-    for method in ("GET", "POST"):
-        answer = await gateway.get(path, [*AUTH, ("content-length", "0")], method=method)
-        assert (answer.status, error_of(answer)["code"]) == (404, "unknown_url")
+    for path in NOWHERE:
+        for method in ("GET", "POST"):
+            answer = await gateway.get(path, [*AUTH, ("content-length", "0")], method=method)
+            assert (answer.status, error_of(answer)["code"]) == (404, "unknown_url"), (method, path)
     assert relayed(upstream) == []
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        f"{CHAT}?api-version=2024-10-21",
-        f"{CHAT}?",
-        f"http://gateway.example{CHAT}",
-        f"http://gateway.example{CHAT}?a=b",
-        "/v1/chat%2Fcompletions",
-        "/v1/%63hat/completions",
-    ],
+SPELLINGS = (
+    f"{CHAT}?api-version=2024-10-21",
+    f"{CHAT}?",
+    f"http://gateway.example{CHAT}",
+    f"http://gateway.example{CHAT}?a=b",
+    "/v1/chat%2Fcompletions",
+    "/v1/%63hat/completions",
 )
+
+
 async def test_other_spellings_of_a_relayed_path_are_the_same_path(
-    gateway: Gateway, upstream: ScriptedUpstream, target: str
+    gateway: Gateway, upstream: ScriptedUpstream
 ) -> None:
     """A query, the absolute form and percent-encoding; the engine gets its own path and nothing of them."""
     upstream.always(GOOD, path=CHAT)
-    answer = await gateway.ask(chat(), target)
-    assert answer.status == 200
-    assert relayed(upstream)[0].target == CHAT
-    refused = await gateway.ask(chat(), target, headers=[])
-    assert (refused.status, error_of(refused)["code"]) == (401, "invalid_api_key")
+    for target in SPELLINGS:
+        answer = await gateway.ask(chat(), target)
+        assert answer.status == 200, target
+        assert relayed(upstream)[-1].target == CHAT
+        refused = await gateway.ask(chat(), target, headers=[])
+        assert (refused.status, error_of(refused)["code"]) == (401, "invalid_api_key"), target
+    assert len(relayed(upstream)) == len(SPELLINGS)

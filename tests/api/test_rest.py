@@ -61,10 +61,10 @@ async def test_a_name_with_a_slash_is_found(gateway: Gateway, target: str) -> No
     assert (answer.status, answer.json()["id"]) == (200, MODEL)
 
 
-@pytest.mark.parametrize("target", ["nothing", "public", "public/model/", "smollm2", "", "../v1/models", "%00"])
-async def test_what_is_no_model_is_a_404(gateway: Gateway, target: str) -> None:
-    answer = await gateway.get(f"/v1/models/{target}", AUTH)
-    assert (answer.status, answer.json()["error"]["code"]) == (404, "model_not_found")
+async def test_what_is_no_model_is_a_404(gateway: Gateway) -> None:
+    for target in ("nothing", "public", "public/model/", "smollm2", "", "../v1/models", "%00"):
+        answer = await gateway.get(f"/v1/models/{target}", AUTH)
+        assert (answer.status, answer.json()["error"]["code"]) == (404, "model_not_found"), target
 
 
 async def test_models_are_found_by_asking(start_gateway: StartGateway, upstream: ScriptedUpstream) -> None:
