@@ -17,14 +17,18 @@ from gateway.errors import Kind, Refusal
 from gateway.serving.dialect import Route
 from gateway.serving.pool import Pool
 from gateway.serving.tokens import TEMPLATE_TOKENS, Uncounted, count_tokens
+from gateway.settings import Caps
 
 _MEDIA = (b"url", b"data", b"\\u")
 
 
 def fit_context(
-    asked: Asked, route: Route, cap: int, pool: Pool, body_bytes: int
+    asked: Asked, route: Route, caps: Caps, pool: Pool, body_bytes: int
 ) -> Generator[Pending, Any, Refusal | None]:
     """Refuse a request that needs more context than its key may use; where no output limit is stated, set one."""
+    cap = caps.context
+    if cap is None:
+        return None
     stated, writes = asked.max_tokens, bool(route.token_fields)
     output = stated if stated is not None else int(writes)
     if output > cap:
@@ -43,8 +47,8 @@ def fit_context(
     if prompt + output > cap:
         return _too_long(cap, f"the prompt has {prompt} and the output limit is {output}")
     if stated is None and writes:
-        left = cap - prompt
-        asked.max_tokens = left if route.implied_tokens is None else min(left, route.implied_tokens)
+        limits = (cap - prompt, caps.max_tokens, route.implied_tokens)
+        asked.max_tokens = min(limit for limit in limits if limit is not None)
         asked.fields[route.token_fields[-1]] = msgspec.Raw(b"%d" % asked.max_tokens)
     return None
 

@@ -182,7 +182,7 @@ class Edge:
             return
         refusal = self._resolve(asked, request)
         if refusal is None and who.caps.context is not None:
-            refusal = yield from fit_context(asked, request.route, who.caps.context, self.pool, len(body))
+            refusal = yield from fit_context(asked, request.route, who.caps, self.pool, len(body))
         if refusal is not None:
             self.refuse(request, refusal, client)
             return

@@ -207,7 +207,8 @@ def _hold_caps(fields: dict[str, msgspec.Raw], route: Route, caps: Caps) -> int 
             told = f"This key may ask for at most {caps.max_tokens} output tokens; {name!r} is {value}."
             return Refusal(Kind.INVALID, told, name)
         stated = value if stated is None else stated
-    if stated is None and route.token_fields and caps.max_tokens is not None:
+    # A cap on context writes the limit itself, once it knows what the prompt leaves.
+    if stated is None and route.token_fields and caps.max_tokens is not None and caps.context is None:
         stated = caps.max_tokens if route.implied_tokens is None else min(caps.max_tokens, route.implied_tokens)
         fields[route.token_fields[-1]] = msgspec.Raw(b"%d" % stated)
     if caps.n is not None:

@@ -28,19 +28,20 @@ COMPLETIONS, RESPONSES, MESSAGES = "/v1/completions", "/v1/responses", "/v1/mess
 HI = [{"role": "user", "content": "Hi"}]
 
 
-def asked(path: str, fields: dict[str, Any]) -> Asked:
+def asked(path: str, fields: dict[str, Any], caps: Caps) -> Asked:
     body = json.dumps({"model": MODEL, **fields}).encode()
-    found = read_body(body, RELAYED[path], Caps(), MediaRules())
+    found = read_body(body, RELAYED[path], caps, MediaRules())
     assert isinstance(found, Asked)
     return found
 
 
 def fit(
-    path: str, fields: dict[str, Any], cap: int, size: int, counted: int | Uncounted | None = None
+    path: str, fields: dict[str, Any], cap: int | Caps, size: int, counted: int | Uncounted | None = None
 ) -> tuple[Asked, Refusal | None]:
     """Fit a request; ``counted`` is what an engine would say, None: none may be asked."""
-    found = asked(path, fields)
-    steps: Generator[Pending, Any, Refusal | None] = fit_context(found, RELAYED[path], cap, Stage().pool, size)
+    caps = cap if isinstance(cap, Caps) else Caps(context=cap)
+    found = asked(path, fields, caps)
+    steps: Generator[Pending, Any, Refusal | None] = fit_context(found, RELAYED[path], caps, Stage().pool, size)
     try:
         pending = next(steps)
     except StopIteration as end:
@@ -98,6 +99,20 @@ def test_a_completion_gets_no_more_than_it_would_by_itself() -> None:
     assert fit(COMPLETIONS, {"prompt": "x"}, cap=8000, size=10**6, counted=7990)[0].max_tokens == 10
 
 
+def test_a_cap_on_output_holds_beside_the_one_on_context() -> None:
+    """Whichever leaves less; a cap on output larger than the context is no reason to refuse."""
+    for most, written in ((100, 100), (10_000, 8000 - 400)):
+        caps = Caps(context=8000, max_tokens=most)
+        found, refusal = fit(CHAT, {"messages": HI}, caps, size=5000, counted=400)
+        assert refusal is None
+        assert found.max_tokens == int(bytes(found.fields["max_tokens"])) == written
+
+
+def test_without_a_cap_nothing_is_done() -> None:
+    found, refusal = fit(CHAT, {"messages": HI}, Caps(), size=10**9)
+    assert (refusal, found.max_tokens) == (None, None)
+
+
 def test_paths_without_output_need_room_for_the_prompt_alone() -> None:
     found, refusal = fit("/v1/embeddings", {"input": "x"}, 1000, 1000 - TEMPLATE_TOKENS)
     assert refusal is None
@@ -139,8 +154,9 @@ def test_prompt_and_output_together_never_exceed_the_cap(
 ) -> None:
     """Whatever share of its bytes a prompt has in tokens, with all that a template adds."""
     prompt = int((size + TEMPLATE_TOKENS) * density)
-    found = asked(path, {"messages": HI} if limit is None else {"messages": HI, "max_tokens": limit})
-    steps = fit_context(found, RELAYED[path], cap, Stage().pool, size)
+    caps = Caps(context=cap)
+    found = asked(path, {"messages": HI} if limit is None else {"messages": HI, "max_tokens": limit}, caps)
+    steps = fit_context(found, RELAYED[path], caps, Stage().pool, size)
     refusal: Refusal | None = None
     try:
         next(steps).awaitable.close()
