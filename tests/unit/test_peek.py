@@ -259,6 +259,44 @@ def test_no_types_of_known_fields_make_it_fail(fields: dict[str, Any], path: str
     assert isinstance(read(json.dumps({**fields, "model": "m"}), path, caps), Asked | Refusal)
 
 
+NOT_BINDING = Caps(max_tokens=2**31 - 1, context=1)
+"""Caps that refuse nothing here and write nothing: what they change is only how the body is read."""
+KNOWN = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.text(max_size=5) | VALUES,
+        "stream": st.booleans() | VALUES,
+        "max_tokens": st.integers(-1, 2**31) | st.floats(0, 9) | VALUES,
+        "max_completion_tokens": st.integers(-1, 2**31) | st.none() | VALUES,
+        "max_output_tokens": st.integers(-1, 2**31) | st.none() | VALUES,
+        "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans() | VALUES}) | VALUES,
+        "temperature": st.floats(allow_nan=False, allow_infinity=False) | VALUES,
+        "top_p": st.integers() | VALUES,
+        "x": VALUES,
+    },
+)
+
+
+@given(
+    fields=KNOWN, path=st.sampled_from(sorted(RELAYED)), huge=st.sampled_from([None, "temperature", "max_tokens", "n"])
+)
+def test_keys_with_and_without_caps_are_read_alike(fields: dict[str, Any], path: str, huge: str | None) -> None:
+    """What holds caps reads field by field, what need not may read at a glance: both say the same."""
+    body = json.dumps(fields)
+    if huge is not None:
+        body = body[:-1] + ("," if fields else "") + f'"{huge}":1e999}}'
+    plain, capped = read(body, path), read(body, path, NOT_BINDING)
+    assert type(plain) is type(capped)
+    if isinstance(plain, Asked) and isinstance(capped, Asked):
+        assert {name: bytes(raw) for name, raw in plain.fields.items()} == {
+            name: bytes(raw) for name, raw in capped.fields.items()
+        }
+        for name in ("model", "stream", "wants_usage", "max_tokens"):
+            assert getattr(plain, name) == getattr(capped, name)
+    else:
+        assert plain == capped
+
+
 # --- numbers -----------------------------------------------------------------------------------------------------
 
 COUNTS = ["1.5", "1.0", '"1"', "true", "[1]", "{}", "1e3", "1e999", "-1", "2147483648", "9" * 400]
