@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import socket
+import ssl
+from pathlib import Path
 
 import pytest
 
 from gateway.api.protocol import LINGER, LINGER_BYTES, MAX_PIPELINED
-from gateway.settings import EdgeLimits
+from gateway.settings import EdgeLimits, Listen, Tls
 from tests.conftest import Connect
 from tests.support.client import RawClient, Response, request_bytes
-from tests.support.gateway import AUTH, CHAT, JSON, MODEL, Gateway, StartGateway, chat, post_bytes, relayed, until
+from tests.support.gateway import AUTH, CHAT, JSON, MODEL, Face, Gateway, StartGateway, chat, post_bytes, relayed, until
 from tests.support.http1 import encode_chunk, encode_head, last_chunk
 from tests.support.recordings import load
 from tests.support.script import Gate, event_stream, json_answer, play
+from tests.support.sockets import free_port
+from tests.support.tls import LOCALHOST, client_context
 from tests.support.upstream import ScriptedUpstream
 
 GOOD = play(load("vllm", "chat_basic"))
@@ -639,3 +644,45 @@ async def test_there_may_be_only_so_many_connections(
     await clients[0].close()
     await until(lambda: len(gateway.replica.listeners[0].state.connections) == 1, "the place is not free")
     assert (await gateway.get("/health/live")).status == 200
+
+
+# --- addresses -------------------------------------------------------------------------------------------------------
+
+
+async def use(connect: Connect, address: str, upstream: ScriptedUpstream, tls: ssl.SSLContext | None) -> None:
+    """Ask for an answer and a stream on a kept connection, then for what is refused before its body is read."""
+    upstream.queue(GOOD, STREAM, path=CHAT)
+    client = await connect(address, tls=tls)
+    client.post(CHAT, chat(), AUTH)
+    assert (await client.response()).status == 200
+    client.post(CHAT, chat(stream=True), AUTH)
+    assert (await client.response()).events()[-1] == b"data: [DONE]\n\n"
+    client.request("GET", "/health/live")
+    assert (await client.response()).status == 200
+    client.send(raw_post("content-length: 99999999", body=b""))
+    answer = await client.response()
+    assert (answer.status, code_of(answer)) == (413, "request_too_large")
+
+
+async def test_clients_come_over_tls(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect, face: Face
+) -> None:
+    """With the operator's own certificate; plain HTTP on that port is nobody's request."""
+    listen = Listen(port=free_port(), face=face, tls=Tls(certificate=LOCALHOST, private_key=LOCALHOST))
+    gateway = await start_gateway(upstream, listen=listen)
+    await use(connect, f"https://localhost:{gateway.replica.port}", upstream, client_context())
+    plain = await connect(gateway.url)
+    plain.send(HEALTH)
+    assert await plain.ended() in ("close", "reset")
+
+
+async def test_clients_come_over_a_unix_socket(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect, face: Face, tmp_path: Path
+) -> None:
+    """A socket that a dead process left behind is taken over, and nothing is at the address afterwards but ours."""
+    path = tmp_path / "gateway.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    gateway = await start_gateway(upstream, listen=Listen(unix_socket=path, face=face))
+    await use(connect, f"unix:{path}", upstream, None)
+    assert {line.get("client", "") for line in gateway.lines("request")} == {""}

@@ -19,6 +19,7 @@ from tests.support.gateway import (
     ENGINE_MODEL,
     KEY,
     MODEL,
+    Face,
     Gateway,
     StartGateway,
     chat,
@@ -180,9 +181,13 @@ async def test_without_authentication_everybody_is_let_in(
     assert gateway.lines("open_to_everybody") == []
 
 
-async def test_an_open_gateway_says_so_loudly(start_gateway: StartGateway, upstream: ScriptedUpstream) -> None:
+async def test_an_open_gateway_says_so_loudly(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, face: Face
+) -> None:
     """Without authentication on an address that others can reach."""
-    gateway = await start_gateway(upstream, auth="none", keys=(), listen=Listen(host="0.0.0.0", port=free_port()))
+    gateway = await start_gateway(
+        upstream, auth="none", keys=(), listen=Listen(host="0.0.0.0", port=free_port(), face=face)
+    )
     (line,) = gateway.lines("open_to_everybody")
     assert line["level"] == "warning"
     assert "0.0.0.0" in line["why"]
