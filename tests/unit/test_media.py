@@ -118,6 +118,7 @@ PLACES: list[tuple[str, dict[str, Any]]] = [
     (CHAT, chat_with({"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": URL}})),
     (CHAT, chat_with({"type": "image_url", "image_url": {"detail": "low", "url": URL}})),
     (CHAT, chat_with({"image_url": URL})),
+    (CHAT, chat_with({"type": "image_url", "input": {"image_url": {"url": URL}}})),
     (CHAT, chat_with({"type": "audio_url", "audio_url": {"url": URL}})),
     (CHAT, chat_with({"type": "video_url", "video_url": {"url": URL}})),
     (CHAT, chat_with({"type": "video_url", "video_url": [URL]})),

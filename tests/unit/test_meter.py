@@ -198,6 +198,29 @@ def test_what_is_not_understood_is_passed_on(event: bytes) -> None:
     assert meter.usage is None
 
 
+def test_a_model_is_renamed_wherever_its_spelling_changes() -> None:
+    """Alone in a read, or in the middle of one whose other events are spelt as before."""
+    spaced, compact = b'data: {"model": "m", "n": %d}\n\n', b'data: {"model":"m","n":%d}\n\n'
+    stream = [spaced % 1, compact % 2, spaced % 3 + compact % 4 + spaced % 5, compact % 6 + compact % 7]
+    meter = meter_for()
+    assert feed_all(meter, stream) == b"".join(stream).replace(b'"m"', b'"public/model"')
+    assert meter.events == 7
+
+
+def test_another_model_inside_an_event_is_not_the_engines_name() -> None:
+    event = b'data: {"choices":[{"model":"other"}],"model":"m"}\n\n'
+    meter = meter_for()
+    for _ in range(2):
+        assert meter.feed(event) == event.replace(b'"m"', b'"public/model"')
+
+
+def test_a_line_before_the_next_event_is_not_left_lying() -> None:
+    meter = meter_for()
+    event = b'data: {"model":"m"}\n\n'
+    assert feed_all(meter, [event, b"id: 1\n", event]) == event.replace(b'"m"', b'"public/model"') * 2
+    assert not meter.partial
+
+
 # --- the end -----------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +267,16 @@ def test_a_typed_stream_ends_also_when_its_last_event_cannot_be_read() -> None:
     assert meter.usage is None
 
 
+@pytest.mark.parametrize("public", [PUBLIC, "m"], ids=["renamed", "same name"])
+def test_nothing_passes_after_the_end(public: str) -> None:
+    """Not even an event of the stream's own kind, in the same read or in the next."""
+    event = b'data: {"model":"m"}\n\n'
+    meter = meter_for(public=public)
+    assert meter.feed(event + DONE + event) == event.replace(b'"m"', b'"%b"' % public.encode()) + DONE
+    assert meter.feed(event) == b""
+    assert meter.events == 1
+
+
 def test_typed_streams_do_not_end_with_done() -> None:
     """The end mark of the other dialect is nothing special there."""
     meter = meter_for(ANTHROPIC)
@@ -279,17 +312,19 @@ STREAM_ERRORS = [
 
 @pytest.mark.parametrize(("payload", "fault"), STREAM_ERRORS, ids=range(len(STREAM_ERRORS)))
 @pytest.mark.parametrize("before", [b"", b'data: {"model":"m","choices":[]}\n\n'], ids=["first", "later"])
-def test_an_error_event_is_found_and_not_passed_on(payload: str, fault: Fault, before: bytes) -> None:
+@pytest.mark.parametrize("public", [PUBLIC, "m"], ids=["renamed", "same name"])
+def test_an_error_event_is_found_and_not_passed_on(payload: str, fault: Fault, before: bytes, public: str) -> None:
     """Nor is anything behind it, at whatever split."""
     event = b"data: " + payload.encode() + b"\n\n"
     stream = before + event + DONE
-    cuts = plans(stream) if len(stream) < 300 else [(), (len(before) + 9,)]
+    cuts = plans(stream) if len(stream) < 300 else [(), (len(before),), (len(before) + 9,)]
     for plan in cuts:
-        meter = meter_for()
-        assert feed_all(meter, pieces(stream, plan)) == before.replace(b'"m"', b'"public/model"')
+        meter = meter_for(public=public)
+        assert feed_all(meter, pieces(stream, plan)) == before.replace(b'"m"', b'"%b"' % public.encode())
         assert meter.failure is not None
         assert meter.failure.fault is fault
         assert not meter.ended
+        assert meter.feed(b'data: {"model":"m","choices":[]}\n\n') == b""
 
 
 def test_an_anthropic_error_event_is_found() -> None:
