@@ -14,12 +14,12 @@ from tests.clients.server import Server
 from tests.support import node
 from tests.support.clock import ManualClock
 from tests.support.gateway import ENGINE_MODEL, KEY, MODEL, Face, running, settings_for
-from tests.support.real_engine import RealEngine, vllm_engine
+from tests.support.real_engine import RealEngine, served, vllm_engine
 from tests.support.recordings import load
 from tests.support.script import Script, play
 from tests.support.upstream import ScriptedUpstream, SeenRequest, answer_as_recorded
 
-__all__ = ["vllm_engine"]
+__all__ = ["served", "vllm_engine"]
 
 Start = Callable[[Path], AbstractAsyncContextManager[Server]]
 StartOnEngine = Callable[[RealEngine, Path], AbstractAsyncContextManager[Server]]
@@ -90,7 +90,7 @@ async def gateway_over_recordings(face: Face, folder: Path) -> AsyncIterator[Ser
 @asynccontextmanager
 async def gateway_over_vllm(face: Face, engine: RealEngine, folder: Path) -> AsyncIterator[Server]:
     """The gateway in front of the session's real engine, under a public name that the engine does not know."""
-    upstream = Upstream(url=engine.base_url, models={MODEL: engine.model})
+    upstream = Upstream(url=engine.url, models={MODEL: engine.model})
     async with running(settings_for(face, folder, [upstream]), ManualClock()) as gateway:
         yield Server(f"{gateway.url}/v1", KEY, MODEL, speaks_for_itself=True)
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from engines import environments
-from tests.support.real_engine import vllm_engine
+from tests.support.real_engine import served, vllm_engine
 
-__all__ = ["vllm_engine"]
+__all__ = ["served", "vllm_engine"]
 
 
 @dataclass(frozen=True, slots=True)

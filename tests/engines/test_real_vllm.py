@@ -23,7 +23,7 @@ pytestmark = pytest.mark.real_engine
 
 @pytest.fixture
 def client(vllm_engine: RealEngine) -> Any:
-    with httpx.Client(base_url=vllm_engine.base_url, timeout=120) as client:
+    with vllm_engine.client() as client:
         yield client
 
 

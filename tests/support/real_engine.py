@@ -1,22 +1,26 @@
-"""One real vLLM on the CPU for a whole test session, started the way ``forebay serve`` starts it.
+"""One real vLLM on the CPU for a whole test session: the one that a real ``forebay serve`` has started.
 
-Its environment and model live in the data directory that ``FOREBAY_HOME`` names, else in ``.forebay/`` of this
-checkout, and are made there on first use. What takes long is told on standard error, past pytest's capture.
+Loading an engine is what takes longest of all, so the command under test and the engine under test are one: every test
+of a real engine speaks to that engine's own socket, those of the command to the command, and the last one stops both.
+Environment and model live in the data directory that ``FOREBAY_HOME`` names, else in ``.forebay/`` of this checkout,
+and are made there on first use. What takes long is told on standard error, past pytest's capture.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from engines.devices import Device
@@ -26,21 +30,37 @@ from engines.minder import Address, Minder
 from engines.models import ModelFiles, prepare_model
 from engines.steps import Step
 from engines.vllm import Vllm
+from tests.support.served import Served
 
 START_WITHIN = 600.0
 """Seconds for the engine to be ready; a quiet machine needs 30, a busy one minutes."""
+PREPARE_WITHIN = 900.0
+"""Seconds for its environment and its model to be made, where they are not there yet."""
+ANSWER_WITHIN = 120.0
+"""Seconds for an answer of the engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class RealEngine:
-    """A vLLM that answers. ``start_seconds`` is how long it took to be ready."""
+    """A vLLM that answers. ``start_seconds`` is how long it took to be ready; ``url`` is as an upstream's."""
 
-    base_url: str
+    url: str
     model: str
-    port: int
     pid: int
     log_path: Path
     start_seconds: float
+
+    @property
+    def port(self) -> int:
+        """Its loopback port. Raises ``ValueError`` when it listens on a Unix socket."""
+        return int(self.url.removeprefix("http://127.0.0.1:"))
+
+    def client(self) -> httpx.Client:
+        """Return a client that speaks to the engine itself."""
+        if self.url.startswith("unix:"):
+            transport = httpx.HTTPTransport(uds=self.url.removeprefix("unix:"))
+            return httpx.Client(base_url="http://engine", transport=transport, timeout=ANSWER_WITHIN)
+        return httpx.Client(base_url=self.url, timeout=ANSWER_WITHIN)
 
 
 def data_directory() -> Path:
@@ -104,26 +124,42 @@ def running_vllm(*extra_args: str) -> Iterator[RealEngine]:
         try:
             seconds = asyncio.run_coroutine_threadsafe(start(), loop).result()
             assert minder.engine_pid is not None
-            yield RealEngine(
-                str(spec.address), spec.served_name, spec.address.port, minder.engine_pid, minder.log_path, seconds
-            )
+            yield RealEngine(str(spec.address), spec.served_name, minder.engine_pid, minder.log_path, seconds)
         finally:
             asyncio.run_coroutine_threadsafe(minder.stop(), loop).result()
     minder.log_path.unlink()
 
 
-_ENGINE = pytest.StashKey[RealEngine]()
+_SERVED = pytest.StashKey[Served]()
 
 
 @pytest.fixture(scope="session")
-def vllm_engine(request: pytest.FixtureRequest) -> RealEngine:
-    """The session's one real engine, also when several conftest files import this fixture."""
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """The session's one ``forebay serve`` with a real engine, also when several conftest files import this fixture."""
     stash = request.config.stash
-    if _ENGINE not in stash:
-        running = ExitStack()
-        stash[_ENGINE] = running.enter_context(running_vllm())
-        request.config.add_cleanup(running.close)
-    return stash[_ENGINE]
+    if _SERVED not in stash:
+        ports = (engine_port(), engine_port())
+        home = {"FOREBAY_HOME": str(data_directory())}
+        stash[_SERVED] = started = Served((), tmp_path_factory.mktemp("served"), ports, _tell, **home)
+        request.config.add_cleanup(started.stop)
+        started.wait_ready(PREPARE_WITHIN + START_WITHIN)
+    return stash[_SERVED]
+
+
+@pytest.fixture(scope="session")
+def vllm_engine(served: Served) -> RealEngine:
+    """The engine of the session's ``forebay serve``, spoken to past the gateway that stands in front of it."""
+    supervisor = next(process for process in served.family() if "minder.py" in " ".join(process.cmdline()))
+    leader = supervisor.children()[0]
+    arguments = leader.cmdline()
+    said = dict(itertools.pairwise(arguments))
+    return RealEngine(
+        url=f"unix:{said['--uds']}",
+        model=said["--served-model-name"],
+        pid=leader.pid,
+        log_path=data_directory() / "logs" / "local.log",
+        start_seconds=served.start_seconds,
+    )
 
 
 @contextmanager
