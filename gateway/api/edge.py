@@ -140,9 +140,9 @@ class Edge:
             return None
         return Refusal(Kind.TOO_LARGE, f"The body is larger than the {limit} bytes allowed. Send less at once.")
 
-    def _hold(self, size: int) -> Refusal | None:
+    def _hold(self, size: int, reserved: int = 0) -> Refusal | None:
         """Refuse a large body when all large bodies together would take more memory than allowed."""
-        if size <= self.rules.offload_above or self._held + size <= self.rules.parse_budget:
+        if size <= self.rules.offload_above or self._held + size - reserved <= self.rules.parse_budget:
             return None
         return Refusal(Kind.BUSY, "Too many large bodies are being read at once. Try again shortly.", retry_after=1.0)
 
@@ -150,7 +150,7 @@ class Edge:
         """Take note that a body has grown to ``size`` bytes: the refusal when it may not."""
         refusal = self._too_large(size, request.body_limit)
         if refusal is None and size > self.rules.offload_above and size > request.reserved:
-            refusal = self._hold(size - request.reserved)
+            refusal = self._hold(size, request.reserved)
             if refusal is None:
                 self._held += size - request.reserved
                 request.reserved = size

@@ -243,6 +243,15 @@ async def test_of_several_prompts_the_longest_counts() -> None:
     assert await count(Stage(), COMPLETIONS, answers, prompt=["a", "bb", "c"]) == 9
 
 
+async def test_a_single_prompt_is_always_asked_for() -> None:
+    """Whoever asks knows better than its bytes: there is an image in it."""
+    stage = Stage()
+    task = asyncio.create_task(count_tokens(stage.pool, MODEL, CHAT, {"messages": msgspec.Raw(b"[]")}, 10**6))
+    await attempt_number(stage, 1)
+    stage.attempt.answer(200, b'{"count":5}')
+    assert await task == 5
+
+
 async def test_short_prompts_among_many_are_not_counted() -> None:
     """Their bytes say enough; the long one is asked for."""
     stage = Stage()

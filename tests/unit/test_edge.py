@@ -324,10 +324,14 @@ async def test_a_body_that_grows_takes_its_share_as_it_comes(house: House) -> No
     assert house.edge.grow(first, 700) is None
     assert house.edge.grow(first, 650) is None
     assert house.edge._held == 700
+    # However small the steps are in which it comes.
+    for size in range(50, 301, 50):
+        assert house.edge.grow(second, size) is None
     refusal = house.edge.grow(second, 301)
     assert refusal is not None
     assert refusal.kind.value.status == 503
-    assert house.edge.grow(second, 300) is None
+    assert house.edge._held == 1000
+    assert house.edge.grow(first, 700) is None
     too_large = house.edge.grow(first, 2001)
     assert too_large is not None
     assert too_large.kind.value.status == 413
