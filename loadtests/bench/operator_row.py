@@ -21,6 +21,7 @@ CHUNKS = 200
 P99_MS, P999_MS = 10.0, 50.0
 _LIFE = CHUNKS * INTERVAL_MS / 1000
 _PROBES = 6
+_STEPS_DOWN = 3
 _METRICS_EVERY = 15.0
 
 
@@ -110,7 +111,7 @@ def measure_down(
 
     Returns the run and its load, which the next run starts from.
     """
-    for _ in range(_PROBES):
+    for _ in range(_STEPS_DOWN):
         took: list[float] = []
         actions = disturbances(window, metrics, reload, took)
         sample = bench.measure(NAME, target, operator_load(streams), window, run, actions)

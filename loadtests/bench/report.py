@@ -100,10 +100,11 @@ class Figures:
         return median(known) if known else None
 
     def marked(self, subject: str, row: str) -> str:
-        """Signs for what is wrong with a row's runs: † wrong answers, ‡ a load that was not kept up with."""
+        """Signs for what is wrong with a row's runs: † wrong answers, ‡ a pace not kept, § chunks too late."""
         runs = self.runs(subject, row)
         signs = "†" if any(sample["generator"]["faults"] for sample in runs) else ""
-        return signs + ("‡" if any(_fell_behind(sample) for sample in runs) else "")
+        signs += "‡" if any(_fell_behind(sample) for sample in runs) else ""
+        return signs + ("§" if any(sample["notes"].get("in_time") is False for sample in runs) else "")
 
     def all(self) -> Sequence[Raw]:
         """Every run."""
@@ -301,6 +302,8 @@ def _footnotes(text: str) -> str:
         notes.append("† some answers were wrong or failed; the raw file says which.")
     if "‡" in text:
         notes.append("‡ the gateway did not keep up: the chunks came at less than 95 % of their pace.")
+    if "§" in text:
+        notes.append("§ in some run chunks came later than the aim at every load that was tried; the last is shown.")
     return "\n".join(notes)
 
 

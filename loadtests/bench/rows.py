@@ -197,7 +197,7 @@ class Bench:
         finally:
             generator.kill()
             generator.wait()
-        if left := sample.generator["left_open"]:
+        if (left := sample.generator["left_open"]) and not load.drain:
             closed = _seconds_until_closed(target.engine_port, before["aborts"] + left)
             sample.notes["seconds_to_close_at_engine"] = closed
         # One of them is this question.
