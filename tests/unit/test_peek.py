@@ -14,7 +14,16 @@ from engines.protocol import Dispatch
 from engines.registry import ENGINES
 from engines.vllm import Vllm
 from gateway.api.media import MediaRules
-from gateway.api.peek import FORBIDDEN, MAX_MODEL_NAME, Asked, check_surrogates, read_body
+from gateway.api.peek import (
+    FORBIDDEN,
+    MAX_MODEL_NAME,
+    Asked,
+    _at_a_glance,
+    _field_by_field,
+    _take_apart,
+    check_surrogates,
+    read_body,
+)
 from gateway.api.routes import RELAYED
 from gateway.errors import Kind, Refusal
 from gateway.settings import Caps
@@ -360,7 +369,7 @@ def encodes(text: str) -> bool:
 def test_half_a_surrogate_pair_is_refused(text: str, form: str) -> None:
     """vLLM answers 500 to one; the client is told what is wrong, wherever it stands."""
     assert not encodes(f'"{text}"')
-    assert "surrogate" in refused(read(form % text))
+    assert "half of a surrogate pair" in refused(read(form % text))
 
 
 @pytest.mark.parametrize("text", WHOLE)
@@ -532,3 +541,20 @@ def test_arguments_of_the_template_pass() -> None:
         assert sent(ask(CHAT, chat_template_kwargs=given_))["chat_template_kwargs"] == given_
     for wrong in ("x", [1], 5):
         refused(ask(CHAT, chat_template_kwargs=wrong), param="chat_template_kwargs")
+
+
+_KNOWN = ("model", "stream", "max_tokens", "max_completion_tokens", "max_output_tokens", "temperature", "top_p")
+_RAW = st.sampled_from(
+    ("null", "true", "1", "-1", "0.5", "1e999", "4294967296", '"m"', '""', "[]", "{}", '"x' + "y" * 300 + '"')
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(_KNOWN), _RAW), max_size=8), st.sampled_from(sorted(RELAYED)))
+def test_a_glance_says_what_a_look_at_each_field_says(pairs: list[tuple[str, str]], path: str) -> None:
+    """The fast reading of a body either gives up or agrees with the slow one, whatever the fields hold."""
+    body = ("{" + ",".join([f'"{name}":{raw}' for name, raw in [("model", '"m"'), *pairs]]) + "}").encode()
+    fields = _take_apart(body)
+    assert not isinstance(fields, Refusal)
+    glance = _at_a_glance(body, fields, RELAYED[path], Caps())
+    if glance is not None:
+        assert glance == _field_by_field(dict(fields), RELAYED[path], Caps())
