@@ -175,11 +175,16 @@ async def test_a_body_over_the_limit_is_refused_by_its_length(
     await gateway.idle()
 
 
-async def test_a_refused_body_may_be_sent_to_its_end(start_gateway: StartGateway, upstream: ScriptedUpstream) -> None:
+async def test_a_refused_body_may_be_sent_to_its_end(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect
+) -> None:
     """A client that writes its whole body first still gets to read the answer: no reset overtakes it."""
     gateway = await start_gateway(upstream, limits=EdgeLimits(body=1000))
-    answer = await gateway.ask(chat(user="x" * 2_000_000))
+    client = await connect(gateway.url)
+    client.post(CHAT, chat(user="x" * 3_000_000), AUTH)
+    answer = await client.response()
     assert (answer.status, answer.complete, error_of(answer)["code"]) == (413, True, "request_too_large")
+    assert await client.ended() == "close"
 
 
 async def test_a_chunked_body_is_refused_as_it_grows(
