@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -19,14 +17,14 @@ from pydantic import SecretStr
 from gateway.api.routes import RELAYED
 from gateway.settings import Caps, KeySettings, Upstream
 from tests.conftest import Connect
-from tests.e2e import forwarder
 from tests.e2e.conftest import Measure
+from tests.e2e.forwarder import forwarding
 from tests.e2e.watched import WatchedEngine
 from tests.support.client import RawClient, Response
 from tests.support.gateway import AUTH, CHAT, KEY, MODEL, Gateway, StartGateway, chat, until
 from tests.support.real_engine import RealEngine
 from tests.support.script import DONE
-from tests.support.sockets import free_port, unread_by_peer
+from tests.support.sockets import unread_by_peer
 
 pytestmark = pytest.mark.real_engine
 
@@ -294,34 +292,18 @@ async def test_a_client_that_leaves_after_the_end_mark_stops_nothing(
 # --- the engine dies ---------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def mortal(engine: RealEngine) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
-    """Give an address of the engine behind a process that can be killed: the engine is needed by other tests."""
-    port = free_port()
-    command = [sys.executable, forwarder.__file__, str(port), engine.url.removeprefix("unix:")]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        assert await process.stdout.readline() == b"ready\n"
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
 async def test_an_engine_killed_mid_stream_is_an_error_event_and_then_503(
     start_gateway: StartGateway, vllm_engine: RealEngine, engine: WatchedEngine, connect: Connect, patience: None
 ) -> None:
     """The kernel closes a killed process's connections, which is all that a gateway sees of its death."""
-    async with mortal(vllm_engine) as (url, process):
+    with forwarding(vllm_engine) as (url, process):
         gateway = await start_gateway(Upstream(url=url, models={MODEL: vllm_engine.model}))
         client = await connect(gateway.url)
         client.post(CHAT, chat(stream=True, **ENDLESS), AUTH)
         await client.head()
         first = await client.event()
         process.kill()
-        await process.wait()
+        process.wait()
         *_, last = [first, *await client.events()]
         assert last is not None
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_failed"
