@@ -41,11 +41,12 @@ check: $(STAMP) ## Formatter, linter, strict types and import contracts
 
 .PHONY: test-fast
 test-fast: $(STAMP) ## The suite without the real engine
-	@$(BIN)/python -m pytest -m "not real_engine"
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real_engine"
 
 .PHONY: test
 test: check ## Everything: checks and the whole suite, the real engine included
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real_engine"
+	@$(BIN)/python -m pytest -m real_engine
 
 .PHONY: bench
 bench: $(STAMP) ## Compare with nginx and a naive gateway; PEERS="sglang-router smg" installs and adds those

@@ -33,6 +33,25 @@ _FLOATS = (
     "length_penalty",
 )
 
+
+class _View(msgspec.Struct):
+    """Everything of a body that is read, in any dialect."""
+
+    model: str | None = None
+    stream: bool | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    length_penalty: float | None = None
+
+
+_decode_view = msgspec.json.Decoder(_View, strict=True).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_any = msgspec.json.Decoder().decode
@@ -64,24 +83,54 @@ def read_body(body: bytes, route: Route, caps: Caps, media: MediaRules) -> Asked
     if not FORBIDDEN.isdisjoint(fields):
         name = min(FORBIDDEN.intersection(fields))
         return Refusal(Kind.FORBIDDEN_FIELD, f"The field {name!r} is not for clients to set. Leave it out.", name)
+    asked = _at_a_glance(body, fields, route, caps) or _field_by_field(fields, route, caps)
+    if isinstance(asked, Refusal):
+        return asked
+    if asked.stream and not route.streams:
+        return Refusal(Kind.INVALID, f"{route.path} does not stream. Leave 'stream' out.", "stream")
+    refusal = _refused(fields, route) or check_media(body, fields, route, media, caps.media)
+    return asked if refusal is None else refusal
+
+
+def _at_a_glance(body: bytes, fields: Fields, route: Route, caps: Caps) -> Asked | None:
+    """Read in one go what ``_field_by_field`` reads step by step; None where something is wrong or a cap must hold.
+
+    It says nothing that the other would not say, and what is wrong is left to the other, which finds the words.
+    """
+    if caps.n is not None or caps.max_tokens is not None:
+        return None
+    try:
+        view = _decode_view(body)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    model = view.model
+    if model is None or not 0 < len(model) <= MAX_MODEL_NAME:
+        return None
+    stated: int | None = None
+    for name in route.token_fields:
+        value: int | None = getattr(view, name)
+        if value is not None:
+            if not 0 <= value < 2**31:
+                return None
+            stated = value if stated is None else stated
+    options = fields.get("stream_options")
+    return Asked(model, fields, bool(view.stream), options is not None and _wants_usage(options), stated)
+
+
+def _field_by_field(fields: dict[str, msgspec.Raw], route: Route, caps: Caps) -> Asked | Refusal:
     model = _model(fields)
     if isinstance(model, Refusal):
         return model
     stream = _flag(fields, "stream")
     if isinstance(stream, Refusal):
         return stream
-    if stream and not route.streams:
-        return Refusal(Kind.INVALID, f"{route.path} does not stream. Leave 'stream' out.", "stream")
-    refusal = _refused(fields, route) or _check_numbers(fields)
+    refusal = _check_numbers(fields)
     if refusal is not None:
         return refusal
     max_tokens = _hold_caps(fields, route, caps)
     if isinstance(max_tokens, Refusal):
         return max_tokens
     wants_usage = "stream_options" in fields and _wants_usage(fields["stream_options"])
-    refusal = check_media(body, fields, route, media, caps.media)
-    if refusal is not None:
-        return refusal
     return Asked(model, fields, stream, wants_usage, max_tokens)
 
 

@@ -18,9 +18,12 @@ from typing import NamedTuple
 LOWEST_PORT, HIGHEST_PORT = 20000, 32767
 
 # Every port in turn, from a place of this process's own: two free ports asked for one after the other are never the
-# same, and test runs beside each other seldom try the same ones.
+# same, the workers of one test run begin far apart, and test runs beside each other seldom try the same ones.
+WORKER_DISTANCE = 6000
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _next_port = cycle(range(LOWEST_PORT, HIGHEST_PORT + 1))
-next(islice(_next_port, int.from_bytes(os.urandom(2), "big"), None))
+_place = _worker * WORKER_DISTANCE + int.from_bytes(os.urandom(2), "big") % 512
+next(islice(_next_port, _place, None))
 
 # Numbers of linux/sock_diag.h and linux/inet_diag.h, and offsets in struct tcp_info of linux/tcp.h.
 SOCK_DIAG_BY_FAMILY = 20
