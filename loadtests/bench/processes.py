@@ -58,14 +58,33 @@ def tree(root: int) -> Iterator[tuple[int, list[str]]]:
 
 
 def cost_of(root: int) -> Cost:
-    """What the tree under `root` has used, children that ended and were waited for included."""
-    user = system = 0.0
+    """What the tree under `root` has used, children that ended and were waited for included.
+
+    The kernel counts user and system time in ticks, which a load that is itself in step with the clock can dodge or
+    meet; what the scheduler keeps (nanoseconds on a processor, for living threads) is exact. So the sum is the
+    scheduler's, shared out between user and system as the ticks say.
+    """
+    user = system = exact = 0.0
     rss = 0
-    for _, fields in tree(root):  # utime stime cutime cstime are fields 14 to 17 of proc(5), rss is 24; two are cut off
-        user += (int(fields[11]) + int(fields[13])) * _TICK
-        system += (int(fields[12]) + int(fields[14])) * _TICK
+    for pid, fields in tree(root):  # utime stime cutime cstime are fields 14 to 17 of proc(5), rss is 24; two are cut
+        ended_user, ended_system = int(fields[13]) * _TICK, int(fields[14]) * _TICK
+        user += int(fields[11]) * _TICK + ended_user
+        system += int(fields[12]) * _TICK + ended_system
+        exact += _on_processor(pid) + ended_user + ended_system
         rss += int(fields[21]) * _PAGE
+    ticks = user + system
+    if exact and ticks:
+        user, system = user * exact / ticks, system * exact / ticks
     return Cost(user, system, rss)
+
+
+def _on_processor(pid: int) -> float:
+    """Seconds the living threads of a process have been on a processor, by the scheduler's own account."""
+    seconds = 0.0
+    for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            seconds += int(file.read_text().split()[0]) / 1e9
+    return seconds
 
 
 def core_busy(core: int) -> float:
