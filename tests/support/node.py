@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ PROGRAM = Path(__file__).resolve().parent.parent / "clients" / "node"
 # What run.mjs needs of the platform (fetch, web streams, stream/consumers). The openai package declares 22, and runs
 # on 20.
 OLDEST_NODE = 20
+
+# A machine without Node has the one of the locked Python packages, beside the interpreter.
+SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 INSTALL_TIMEOUT = 300.0
 """Seconds for ``npm ci``: one package of 35 MB over a slow index."""
@@ -44,8 +48,9 @@ def install() -> None:
         if stamp.exists() and stamp.read_text() == digest:
             return
         done = subprocess.run(
-            ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
+            [_path_of("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
             cwd=PROGRAM,
+            env={**os.environ, "PATH": SEARCH},
             capture_output=True,
             text=True,
             timeout=INSTALL_TIMEOUT,
@@ -56,15 +61,19 @@ def install() -> None:
         stamp.write_text(digest)
 
 
+def _path_of(program: str) -> str:
+    return shutil.which(program, path=SEARCH) or program
+
+
 def _check_programs() -> None:
-    missing = [program for program in ("node", "npm") if shutil.which(program) is None]
+    missing = [program for program in ("node", "npm") if shutil.which(program, path=SEARCH) is None]
     advice = (
         f"Install Node.js {OLDEST_NODE} or newer with npm, "
         "or leave these tests out: pytest --ignore=tests/clients/test_openai_node.py"
     )
     if missing:
         raise NodeError(f"{' and '.join(missing)} not found on the PATH. {advice}")
-    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run([_path_of("node"), "--version"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.removeprefix("v").partition(".")[0]) < OLDEST_NODE:
         raise NodeError(f"node {version} is too old. {advice}")
 
@@ -75,10 +84,10 @@ async def run(base_url: str, api_key: str, calls: Sequence[dict[str, Any]]) -> d
     ``base_url`` ends with ``/v1``. Raises ``NodeError`` with what the program wrote to standard error.
     """
     program = await asyncio.create_subprocess_exec(
-        "node",
+        _path_of("node"),
         "run.mjs",
         cwd=PROGRAM,
-        env={"PATH": os.environ["PATH"], "BASE_URL": base_url, "API_KEY": api_key},
+        env={"PATH": SEARCH, "BASE_URL": base_url, "API_KEY": api_key},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
