@@ -30,6 +30,8 @@ def bind(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        # Two sockets may be bound to one port as long as neither listens; then uvloop would not tell that it cannot.
+        sock.listen()
     except OSError as error:
         sock.close()
         raise ListenError(
