@@ -14,13 +14,14 @@ import subprocess
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from tests.e2e.conftest import Measure
 from tests.e2e.forwarder import forwarding
 from tests.support.real_engine import ANSWER_WITHIN, RealEngine, data_directory
-from tests.support.served import Served
+from tests.support.served import PROGRAM, Served
 from tests.support.sockets import free_port
 
 real_engine = pytest.mark.real_engine
@@ -70,6 +71,20 @@ def test_the_pasted_command_works(served: Served) -> None:
     assert answer["choices"]
     assert served.url in served.curl
     assert served.key in served.curl
+
+
+@real_engine
+def test_a_key_made_beside_it_is_known_without_a_restart(served: Served, tmp_path: Path, measure: Measure) -> None:
+    command = [PROGRAM, "keys", "create", "--name", "later"]
+    made = subprocess.run(
+        command, cwd=tmp_path, env=served.environment, capture_output=True, text=True, timeout=START_WITHIN, check=True
+    )
+    began = time.monotonic()
+    headers = {"authorization": f"Bearer {made.stdout.strip()}"}
+    with httpx.Client(base_url=served.url) as client:
+        while client.get("/v1/models", headers=headers).status_code == 401:
+            assert time.monotonic() - began < START_WITHIN, "the key is not known"
+    measure("forebay serve knew a new key", time.monotonic() - began)
 
 
 @real_engine

@@ -142,7 +142,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         home = {"FOREBAY_HOME": str(data_directory())}
         stash[_SERVED] = started = Served((), tmp_path_factory.mktemp("served"), ports, _tell, **home)
         request.config.add_cleanup(started.stop)
-        started.wait_ready(PREPARE_WITHIN + START_WITHIN)
+    try:
+        stash[_SERVED].wait_ready(PREPARE_WITHIN + START_WITHIN)
+    except AssertionError:
+        # Every other test that wants it fails at once, with the same words.
+        stash[_SERVED].stop()
+        raise
     return stash[_SERVED]
 
 

@@ -16,6 +16,7 @@ from typing import IO, Any, Self
 
 import psutil
 
+PROGRAM = str(Path(sys.executable).with_name("forebay"))
 STOP_WITHIN = 60.0
 """Seconds after which a command that was told to stop is given up."""
 
@@ -42,10 +43,21 @@ class Served:
         self.log_file = folder / "log.jsonl"
         self.mark = uuid.uuid4().hex
         self.out = self.err = ""
+        self._silent: set[str] = set()
         self._news = threading.Condition()
         kept = {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
+        self.environment = {
+            **kept,
+            _MARK: self.mark,
+            "FOREBAY_LISTEN__PORT": str(ports[0]),
+            "FOREBAY_ADMIN__PORT": str(ports[1]),
+            "FOREBAY_LOG__FILE": str(self.log_file),
+            # Keys of test runs do not gather beside those of the person whose checkout this is.
+            "FOREBAY_STATE__URL": f"sqlite:///{folder / 'state.db'}",
+            **environment,
+        }
         self.process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("forebay")), "serve", *arguments],
+            [PROGRAM, "serve", *arguments],
             # A forebay.yaml of whoever works on this checkout is none of the test's.
             cwd=folder,
             stdin=subprocess.DEVNULL,
@@ -55,16 +67,7 @@ class Served:
             # A foreground group of its own, as a shell gives it: Ctrl-C goes to all in it and to nobody else.
             start_new_session=True,
             preexec_fn=_end_with_tests if _LIBC else None,
-            env={
-                **kept,
-                _MARK: self.mark,
-                "FOREBAY_LISTEN__PORT": str(ports[0]),
-                "FOREBAY_ADMIN__PORT": str(ports[1]),
-                "FOREBAY_LOG__FILE": str(self.log_file),
-                # Keys of test runs do not gather beside those of the person whose checkout this is.
-                "FOREBAY_STATE__URL": f"sqlite:///{folder / 'state.db'}",
-                **environment,
-            },
+            env=self.environment,
         )
         self._readers = [
             threading.Thread(target=self._read, args=(self.process.stdout, "out", tell)),
@@ -88,13 +91,16 @@ class Served:
                 with self._news:
                     setattr(self, name, getattr(self, name) + line)
                     self._news.notify_all()
+        with self._news:
+            self._silent.add(name)
+            self._news.notify_all()
 
     # What a person sees
 
     def wait_ready(self, seconds: float) -> None:
         """Wait for the whole greeting. Raises ``AssertionError`` with all that was said when it does not come."""
         with self._news:
-            self._news.wait_for(lambda: self._greeted or not self._readers[0].is_alive(), seconds)
+            self._news.wait_for(lambda: self._greeted or self._silent >= {"out", "err"}, seconds)
         assert self._greeted, f"forebay serve is not ready; it said:\n{self.err}{self.out}"
 
     @property
