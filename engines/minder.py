@@ -543,11 +543,13 @@ class Minder:
     async def stop(self, grace: float = 10.0) -> Exit | None:
         """Stop the engine: SIGTERM, ``grace`` seconds, SIGKILL of all its processes. None when it never started.
 
-        Calling it again is harmless; a shorter ``grace`` then counts.
+        Its Unix socket goes too: many engines leave the file. Calling it again is harmless; a shorter ``grace`` then
+        counts.
         """
         if self._exit is None or self._control is None or self._supervisor is None:
             return None
-        if not self._exit.done():
+        ran = not self._exit.done()
+        if ran:
             self._asked = True
             with contextlib.suppress(OSError):
                 self._control.write(f"stop {grace}\n".encode())
@@ -558,6 +560,9 @@ class Minder:
         ended = await asyncio.shield(self._exit)
         if self._watching is not None:
             await self._watching
+        # Only now: had it ended before, another engine might listen on that path meanwhile.
+        if ran and self.address.unix is not None:
+            self.address.unix.unlink(missing_ok=True)
         return ended
 
 

@@ -122,8 +122,10 @@ def test_in_front_of_a_running_engine_an_address_is_all_it_needs(
 
 @pytest.mark.ends_the_session
 @real_engine
-def test_ctrl_c_stops_everything_and_leaves_no_process(served: Served, measure: Measure) -> None:
+def test_ctrl_c_stops_everything_and_leaves_nothing(served: Served, vllm_engine: RealEngine, measure: Measure) -> None:
     """The last test of the session, by its mark: afterwards there is no engine any more."""
+    socket = Path(vllm_engine.url.removeprefix("unix:"))
+    assert socket.exists()
     names = [" ".join(process.cmdline()) for process in served.family()]
     for what in ("forebay serve", "gateway.app", "minder.py", "vllm serve"):
         assert any(what in name for name in names), (what, names)
@@ -131,6 +133,7 @@ def test_ctrl_c_stops_everything_and_leaves_no_process(served: Served, measure: 
     assert served.interrupt() == 0
     measure("forebay serve ended after Ctrl-C", time.monotonic() - began)
     assert [process.cmdline() for process in served.family()] == []
+    assert not socket.exists()
     served.stop()
     said = served.err.splitlines()
     assert said[-2:] == ["forebay: stopping in order; Ctrl-C again ends it now", "forebay: stopped"]

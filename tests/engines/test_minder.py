@@ -145,13 +145,16 @@ async def test_a_stranger_on_the_port_is_not_taken_for_the_engine(watch: Watch, 
 
 
 async def test_a_unix_socket_is_waited_for_like_a_port(watch: Watch, tmp_path: Path) -> None:
-    """The file a killed engine left is removed, since no engine can listen on it."""
+    """The file a killed engine left is removed, since no engine can listen on it; what this one leaves is too."""
     path = tmp_path / "engine.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
     watched = watch("--unix", str(path), address=Address(unix=path))
     await watched.minder.start()
     await watched.minder.wait_ready(60)
+    assert path.exists()
+    await watched.minder.stop()
+    assert not path.exists()
 
 
 async def test_what_the_engine_writes_goes_to_the_log_and_the_owner(watch: Watch) -> None:
