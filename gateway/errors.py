@@ -99,6 +99,10 @@ class Refusal:
         return extra
 
 
+SHUTTING_DOWN = Refusal(Kind.SHUTDOWN, "The gateway is shutting down. Send the request again.", retry_after=1.0)
+"""What a request gets that is left when the time to drain is over, wherever it is."""
+
+
 def openai_body(refusal: Refusal, request_id: str) -> bytes:
     """Return OpenAI's error envelope."""
     return msgspec.json.encode({"error": refusal.openai_error()})

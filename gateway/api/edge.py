@@ -19,7 +19,7 @@ from gateway.api.context import fit_context
 from gateway.api.media import MediaRules
 from gateway.api.peek import Asked, read_body
 from gateway.api.request import Pending, Request, Steps
-from gateway.errors import EXPOSE, Kind, Refusal
+from gateway.errors import EXPOSE, SHUTTING_DOWN, Kind, Refusal
 from gateway.log import Log
 from gateway.metrics import Metrics
 from gateway.serving.deadlines import Deadlines
@@ -30,8 +30,6 @@ from gateway.serving.ticket import Outcome, Ticket
 
 MAX_CLIENT_ID = 512
 """Characters of ``x-client-request-id``, as OpenAI has it."""
-
-_SHUTTING_DOWN = Refusal(Kind.SHUTDOWN, "The gateway is shutting down. Send the request again.", retry_after=1.0)
 
 _JSON: Header = (b"content-type", b"application/json")
 _TEXTUAL = frozenset({b"", b"identity"})
@@ -302,10 +300,10 @@ class Edge:
             if request.relay is not None:
                 request.relay.shut_down()
             elif request.interrupt is not None:
-                request.interrupt(_SHUTTING_DOWN)
+                request.interrupt(SHUTTING_DOWN)
             elif request.client is not None:
                 self._leave_steps(request)
-                self.refuse(request, _SHUTTING_DOWN, request.client)
+                self.refuse(request, SHUTTING_DOWN, request.client)
 
 
 def _check_headers(headers: dict[bytes, bytes], ticket: Ticket) -> Refusal | None:

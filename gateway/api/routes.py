@@ -22,7 +22,6 @@ RELAYED: dict[str, Route] = {
             asks_usage=True,
             media_fields=("messages",),
             media_in_lists=True,
-            prompt_fields=("messages",),
         ),
         Route(
             "/v1/completions",
@@ -33,7 +32,6 @@ RELAYED: dict[str, Route] = {
             n_fields=("n", "best_of"),
             streams=True,
             asks_usage=True,
-            prompt_fields=("prompt",),
         ),
         Route(
             "/v1/responses",
@@ -42,7 +40,6 @@ RELAYED: dict[str, Route] = {
             token_fields=("max_output_tokens",),
             streams=True,
             media_fields=("input", "previous_input_messages"),
-            prompt_fields=("input",),
             refused_fields=(
                 ("previous_response_id", _STORED),
                 ("conversation", _STORED),
@@ -56,35 +53,30 @@ RELAYED: dict[str, Route] = {
             token_fields=("max_tokens",),
             streams=True,
             media_fields=("messages", "system"),
-            prompt_fields=("messages",),
         ),
         Route(
             "/v1/embeddings",
             OPENAI,
             "Create embeddings",
             media_fields=("input", "messages"),
-            prompt_fields=("input",),
         ),
         Route(
             "/v1/rerank",
             OPENAI,
             "Rank documents for a query",
             media_fields=("query", "documents"),
-            prompt_fields=("documents",),
         ),
         Route(
             "/v1/score",
             OPENAI,
             "Score pairs of texts",
             media_fields=("text_1", "text_2", "data_1", "data_2", "queries", "documents", "items"),
-            prompt_fields=("text_2",),
         ),
         Route(
             "/tokenize",
             OPENAI,
             "Turn a prompt into tokens",
             media_fields=("messages",),
-            prompt_fields=("prompt", "messages"),
         ),
     )
 }

@@ -65,8 +65,8 @@ ANTHROPIC = Dialect("anthropic", True, frozenset({"message_stop"}), anthropic_bo
 class Route:
     """One relayed path: how its body is read.
 
-    ``token_fields`` name the output limit, the first found counts; ``token_field`` is the one written where a key's
-    cap must hold and the client named none (None: the path has no output). ``media_fields`` may hold media parts,
+    ``token_fields`` name the output limit, the first found counts; the last is the one written where a key's cap must
+    hold and the client named none (empty: the path has no output). ``media_fields`` may hold media parts,
     which on a path with ``media_in_lists`` only ever stand in a list inside a list.
     """
 
@@ -81,6 +81,5 @@ class Route:
     asks_usage: bool = False
     media_fields: tuple[str, ...] = ()
     media_in_lists: bool = False
-    prompt_fields: tuple[str, ...] = ()
     refused_fields: tuple[tuple[str, str], ...] = ()
     """Fields whose meaning needs state in one engine, each with the reason that the client is told."""

@@ -20,7 +20,7 @@ from typing import Protocol
 import msgspec
 
 from engines.protocol import Dispatch, EngineError, Fault, Fields
-from gateway.errors import EXPOSE, Kind, Refusal
+from gateway.errors import EXPOSE, SHUTTING_DOWN, Kind, Refusal
 from gateway.metrics import Metrics
 from gateway.policy.retry import Cause, Next, decide
 from gateway.serving.answer import AnswerError, read_answer
@@ -450,8 +450,7 @@ class Relay:
 
     def shut_down(self) -> None:
         """End now: the drain time is over."""
-        message = "The gateway is shutting down. Send the request again."
-        self.give_up(Refusal(Kind.SHUTDOWN, message, retry_after=1.0))
+        self.give_up(SHUTTING_DOWN)
 
     def give_up(self, refusal: Refusal) -> None:
         """End with an error, whatever the engine may still say."""
