@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import signal
 import sys
 import time
@@ -41,8 +42,13 @@ from gateway.state.database import StateError
 HOUSEKEEPING = 0.1
 """Seconds between two flushes of the log."""
 
-SWITCH_INTERVAL = 0.001
+SWITCH_INTERVAL = 0.0001
 """Seconds after which a thread (metrics, large bodies) lets the event loop run: what a stream may be delayed by one."""
+
+
+COLLECT_AFTER = (10_000, 20, 20)
+"""Allocations between two looks of the garbage collector, by generation: requests leave no cycles behind, and a look
+at everything that lives stops the event loop."""
 
 
 class Replica:
@@ -105,9 +111,7 @@ class Replica:
         self.deadlines.start()
         self._tasks.append(asyncio.create_task(self._keep_house(), name="housekeeping"))
         self._tasks.append(asyncio.create_task(self.keyring.keep_current(), name="keys"))
-        self.log.say(
-            "info", "started", port=self.port, face=settings.listen.face, configuration=fingerprint(settings)[:12]
-        )
+        self.log.say("info", "started", port=self.port, face=settings.listen.face, configuration=_mark(settings))
         self._warn_of_open_doors()
 
     def _warn_of_open_doors(self) -> None:
@@ -179,7 +183,7 @@ class Replica:
         self._stamp = self._file_stamp()
         try:
             # A file of a thousand keys takes a while to read: the streams go on meanwhile.
-            settings = await asyncio.to_thread(load, self._path)
+            settings, configuration = await asyncio.to_thread(_load_and_mark, self._path)
             specs = endpoint_specs(settings)
             await self.keyring.reconfigure(settings)
         except (ConfigError, StateError, ValueError) as error:
@@ -191,7 +195,7 @@ class Replica:
         self._apply(settings)
         await self._change_endpoints(specs)
         self.metrics.reloaded(True)
-        self.log.say("info", "reloaded", changed=changes.live, configuration=fingerprint(settings)[:12])
+        self.log.say("info", "reloaded", changed=changes.live, configuration=configuration)
         if "auth" in changes.live:
             self._warn_of_open_doors()
         if changes.needs_restart:
@@ -272,6 +276,16 @@ class Replica:
         await self.keyring.stop()
         self.executor.shutdown(wait=False)
         await asyncio.sleep(0)
+
+
+def _load_and_mark(path: Path) -> tuple[Settings, str]:
+    settings = load(path)
+    return settings, _mark(settings)
+
+
+def _mark(settings: Settings) -> str:
+    """What the log calls a configuration."""
+    return fingerprint(settings)[:12]
 
 
 def _open_log(settings: Settings) -> Log:
@@ -363,6 +377,9 @@ async def serve(settings: Settings, path: Path | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, replica.stop)
     loop.add_signal_handler(signal.SIGHUP, replica.reload_soon)
+    # What is built by now stays: the collector need not look at it ever again.
+    gc.collect()
+    gc.freeze()
     await replica.until_stopped()
     return 0
 
@@ -380,6 +397,7 @@ def run(settings: Settings, path: Path | None = None) -> int:
         )
         return 1
     sys.setswitchinterval(SWITCH_INTERVAL)
+    gc.set_threshold(*COLLECT_AFTER)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serve(settings, path))

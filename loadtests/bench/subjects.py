@@ -166,9 +166,11 @@ def _forebay(face: str) -> Callable[[Place], Launch]:
         admin_port = free_port(port + 1)
         config = place.directory / "forebay.yaml"
         config.write_text(forebay_config(place, face, port, admin_port), encoding="utf-8")
+        # Made beforehand: writing so much YAML in the middle of a run would hold up the generator, not the gateway.
+        changed = forebay_config(place, face, port, admin_port, extra_keys=1)
 
         def reload(server: Server) -> None:
-            config.write_text(forebay_config(place, face, port, admin_port, extra_keys=1), encoding="utf-8")
+            config.write_text(changed, encoding="utf-8")
             server.send(signal.SIGHUP)
 
         return Launch(
