@@ -30,6 +30,19 @@ class Device(enum.StrEnum):
         return {Device.CUDA: "CUDA_VISIBLE_DEVICES", Device.ASCEND: "ASCEND_RT_VISIBLE_DEVICES"}.get(self)
 
 
+class Quantization(enum.StrEnum):
+    """How weights are stored in fewer bits, by the name the field gives it."""
+
+    GPTQ = "gptq"
+    AWQ = "awq"
+    COMPRESSED_TENSORS = "compressed-tensors"
+    FP8 = "fp8"
+    BNB = "bnb"
+    """bitsandbytes."""
+    MODELSLIM = "modelslim"
+    """Huawei's, for Ascend."""
+
+
 def usable_processors() -> int:
     """Return how many logical processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

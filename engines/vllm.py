@@ -6,16 +6,26 @@ Shown on vLLM 0.32.0.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
 from engines import wire
-from engines.devices import Device, cpu_environment, usable_processors
+from engines.devices import Device, Quantization, cpu_environment, usable_processors
 from engines.launch import LaunchSpec
 from engines.minder import Phase
-from engines.protocol import Dispatch, EngineError, Fields
+from engines.protocol import (
+    Call,
+    Capability,
+    Dispatch,
+    EngineError,
+    EngineLoad,
+    Fields,
+    ServedModel,
+    Target,
+    plain_target,
+)
 
 _encode = msgspec.json.encode
 _USAGE_ONLY = msgspec.Raw(b'{"include_usage":true}')
@@ -62,6 +72,21 @@ class Vllm:
     }
     ready_path = "/health"
     models_path = "/v1/models"
+    metrics_path = "/metrics"
+    capabilities = (
+        Capability.TOOLS
+        | Capability.FORCED_TOOLS
+        | Capability.JSON_SCHEMA
+        | Capability.LOGPROBS
+        | Capability.SEVERAL_ANSWERS
+        | Capability.LENGTH_CHECKED
+        | Capability.CACHE_SALT
+        | Capability.PRIORITY
+        | Capability.BOUNDED_QUEUE
+        | Capability.ADAPTERS
+        | Capability.ADAPTER_LOADING
+        | Capability.UNIX_SOCKET
+    )
     loading_phases: tuple[Phase, ...] = (
         Phase(re.compile(r"non-default args"), "reading the model's configuration"),
         Phase(re.compile(r"Initializing a V1 LLM engine"), "starting the engine process"),
@@ -75,7 +100,7 @@ class Vllm:
 
     def prepare(self, path: str, fields: Fields, dispatch: Dispatch) -> bytes:
         """Name the model as the engine knows it, and ask for usage where the client did not."""
-        fields["model"] = dispatch.model
+        fields["model"] = dispatch.target.model
         if dispatch.ask_usage and path in _OPENAI_STREAMS:
             fields["stream_options"] = _with_usage(fields.get("stream_options"))
         if dispatch.cache_salt is not None and path in _SALTED:
@@ -95,6 +120,45 @@ class Vllm:
         fields = wire.error_fields(value)
         return wire.read_error(wire.status_in(fields), payload)
 
+    def target(self, name: str, base: str | None = None) -> Target:
+        """An adapter is named like a model."""
+        return plain_target(name)
+
+    def read_models(self, body: bytes) -> tuple[ServedModel, ...]:
+        """Read the list of models; adapters name their base as ``parent``."""
+        return wire.read_models(body)
+
+    def read_load(self, body: bytes) -> EngineLoad | None:
+        """Read vLLM's gauges."""
+        return wire.load_from(wire.read_gauges(body, _GAUGES))
+
+    def load_adapter(self, name: str, directory: str) -> Call:
+        """Load without ``load_inplace``: with it the worker reads the directory anew whenever it likes."""
+        body = _encode({"lora_name": name, "lora_path": directory})
+        return Call("POST", "/v1/load_lora_adapter", body)
+
+    def unload_adapter(self, name: str) -> Call:
+        """Forget the name; streams under way finish."""
+        return Call("POST", "/v1/unload_lora_adapter", _encode({"lora_name": name}))
+
+    def read_adapter_answer(self, status: int, body: bytes) -> EngineError | None:
+        """A success is plain text. What is loaded already, or is not there to unload, is as it should be."""
+        if status == 200:
+            return None
+        error = wire.read_error(status, body)
+        return None if _ADAPTER_AS_WANTED.search(error.message) else error
+
+    def obstacles(self, spec: LaunchSpec) -> Iterator[str]:
+        """Tell what vLLM cannot do."""
+        quantization, device = spec.quantization, spec.device
+        if quantization is not None and quantization not in _QUANTIZATIONS[device]:
+            able = ", ".join(_QUANTIZATIONS[device])
+            yield f"vLLM has no {quantization} weights on {device}; there it takes {able}, or full weights"
+        if device is Device.CPU and spec.parallel.devices > 1:
+            yield "one vLLM on cpu is one process on one machine's memory; run several engines instead"
+        if device is Device.CPU and spec.memory_share is not None:
+            yield "memory_share is a share of a device's own memory; on cpu set VLLM_CPU_KVCACHE_SPACE (GiB) instead"
+
     def command_line(self, spec: LaunchSpec, python: Path) -> list[str]:
         """Return the command for ``vllm serve``; what the person added comes last, so that it wins."""
         address = spec.address
@@ -106,12 +170,14 @@ class Vllm:
         command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
         command += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
         if spec.device is Device.CPU:
-            command += ["--enforce-eager", "--max-num-seqs", "32"]
+            command += ["--enforce-eager"]
+        if running := spec.max_running or _CPU_MAX_RUNNING.get(spec.device):
+            command += ["--max-num-seqs", str(running)]
         if dtype := spec.dtype or _CPU_DTYPE.get(spec.device):
             command += ["--dtype", dtype]
         if length := spec.max_model_len or _CPU_MAX_MODEL_LEN.get(spec.device):
             command += ["--max-model-len", str(length)]
-        return [*command, *spec.extra_args]
+        return [*command, *_sizes(spec), *_adapters(spec), *spec.extra_args]
 
     def environment(self, spec: LaunchSpec) -> dict[str, str]:
         """Return vLLM's own variables; the key is one of them since a command line can be read by every user."""
@@ -122,6 +188,8 @@ class Vllm:
         }
         if spec.api_key is not None:
             variables["VLLM_API_KEY"] = spec.api_key
+        if spec.adapters is not None:
+            variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
         if spec.model_is_local:
             variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         if spec.device.visible_variable and spec.visible_devices:
@@ -135,6 +203,69 @@ class Vllm:
         return {**variables, **spec.extra_environment}
 
 
+_GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "cache_used",
+}
+_ADAPTER_AS_WANTED = re.compile(r"has already been loaded|has been already loaded|cannot be found")
+
+
+def _sizes(spec: LaunchSpec) -> list[str]:
+    """How many devices, how much of their memory, how many requests, how the weights are stored."""
+    parallel = spec.parallel
+    words: list[str] = []
+    for flag, size in (
+        ("--tensor-parallel-size", parallel.tensor),
+        ("--pipeline-parallel-size", parallel.pipeline),
+        ("--data-parallel-size", parallel.data),
+    ):
+        words += [flag, str(size)] if size > 1 else []
+    if spec.memory_share is not None:
+        words += ["--gpu-memory-utilization", f"{spec.memory_share:g}"]
+    if spec.max_queued is not None:
+        words += ["--max-num-queued-reqs", str(spec.max_queued)]
+    if spec.quantization is not None:
+        words += ["--quantization", _QUANTIZATIONS[spec.device][spec.quantization]]
+    return words
+
+
+def _adapters(spec: LaunchSpec) -> list[str]:
+    slots = spec.adapters
+    if slots is None:
+        return []
+    words = ["--enable-lora", "--max-loras", str(slots.active), "--max-lora-rank", str(_rank(slots.rank))]
+    if slots.at_start:
+        words += ["--lora-modules", *(f"{name}={directory}" for name, directory in slots.at_start)]
+    return words
+
+
+def _rank(wanted: int) -> int:
+    """vLLM takes only some ranks: the next one up."""
+    return next((rank for rank in _RANKS if rank >= wanted), _RANKS[-1])
+
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_QUANTIZATIONS = {
+    Device.CPU: {
+        Quantization.GPTQ: "gptq",
+        Quantization.AWQ: "awq",
+        Quantization.COMPRESSED_TENSORS: "compressed-tensors",
+    },
+    Device.CUDA: {
+        Quantization.GPTQ: "gptq",
+        Quantization.AWQ: "awq",
+        Quantization.COMPRESSED_TENSORS: "compressed-tensors",
+        Quantization.FP8: "fp8",
+        Quantization.BNB: "bitsandbytes",
+    },
+    # What the plugin vllm-ascend takes: ModelSlim's own files under its own name, and compressed-tensors.
+    Device.ASCEND: {
+        Quantization.MODELSLIM: "ascend",
+        Quantization.COMPRESSED_TENSORS: "compressed-tensors",
+    },
+}
+_CPU_MAX_RUNNING = {Device.CPU: 32}
 _CPU_DTYPE = {Device.CPU: "bfloat16"}
 # One GiB of KV cache holds 22 requests of this length for SmolLM2-135M; the model's own limit may not fit once.
 _CPU_MAX_MODEL_LEN = {Device.CPU: 2048}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from engines.protocol import EngineError, Fault
+from engines.protocol import EngineError, EngineLoad, Fault, ServedModel
 
 _decode = msgspec.json.decode
 
@@ -83,3 +85,48 @@ def status_in(fields: dict[str, Any]) -> int:
     if isinstance(code, str) and _STATUS.fullmatch(code):
         return int(code)
     return 500
+
+
+class _ListedModel(msgspec.Struct):
+    id: str
+    created: int = 0
+    max_model_len: int | None = None
+    parent: str | None = None
+
+
+class _ModelList(msgspec.Struct):
+    data: list[_ListedModel]
+
+
+_decode_models = msgspec.json.Decoder(_ModelList).decode
+
+
+def read_models(body: bytes) -> tuple[ServedModel, ...]:
+    """Read OpenAI's list of models, with the base model where an engine tells it as ``parent``. ValueError."""
+    try:
+        listed = _decode_models(body).data
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its list of models cannot be read: {error}") from None
+    return tuple(ServedModel(model.id, model.created, model.max_model_len, model.parent) for model in listed)
+
+
+def read_gauges(body: bytes, names: Mapping[str, str]) -> dict[str, float]:
+    """Read gauges out of Prometheus' text format: the sum over all label sets.
+
+    ``names`` maps a metric's name to the key it gets in the answer; what is missing there is missing here.
+    """
+    found: dict[str, float] = {}
+    for line in body.decode("utf-8", "replace").splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        key = names.get(name)
+        if key is not None:
+            with contextlib.suppress(ValueError):
+                found[key] = found.get(key, 0.0) + float(line.rpartition(" ")[2])
+    return found
+
+
+def load_from(gauges: Mapping[str, float]) -> EngineLoad | None:
+    """Return the load that gauges named ``running``, ``waiting`` and perhaps ``cache_used`` tell."""
+    if "running" not in gauges or "waiting" not in gauges:
+        return None
+    return EngineLoad(int(gauges["running"]), int(gauges["waiting"]), gauges.get("cache_used"))

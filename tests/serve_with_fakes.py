@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from engines.environments import EngineEnvironment
@@ -28,6 +29,9 @@ class FakeEngine:
     """An engine that is a fake child."""
 
     loading_phases: tuple[Phase, ...] = ()
+
+    def obstacles(self, spec: LaunchSpec) -> Iterator[str]:
+        return iter(())
 
     def command_line(self, spec: LaunchSpec, python: Path) -> list[str]:
         return [*FAKE, "engine", ORDER, "--unix", str(spec.address.unix)]

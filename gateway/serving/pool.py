@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-import msgspec
-
 from adapters.catalogue import Catalogue, Model
-from engines.protocol import Engine
+from engines.protocol import Engine, Target
 from gateway.policy.routing import least_loaded
 from gateway.serving.upstream import Address, Connections
 
@@ -43,20 +41,21 @@ class Endpoint:
         self.seen = False
         """Whether it ever answered."""
         self.trouble = "" if self.healthy else "not asked yet"
-        self.models: dict[str, msgspec.Raw] = {}
+        self.models: dict[str, Target] = {}
+        """What it serves: public name, how a request for it names it."""
         self.on_trouble: Callable[[], None] | None = None
         """Called when a request finds that it cannot be reached."""
         self._heads: dict[str, bytes] = {}
-        self.name_models(spec.models or ())
+        self.name_models((public, self.engine.target(own)) for public, own in spec.models or ())
 
     @property
     def available(self) -> bool:
         """Whether it can be given a request now."""
         return self.healthy and not self.connections.full
 
-    def name_models(self, models: Iterable[tuple[str, str]]) -> None:
-        """Set what it serves: public name, engine's own name."""
-        self.models = {public: msgspec.Raw(msgspec.json.encode(own)) for public, own in models}
+    def name_models(self, models: Iterable[tuple[str, Target]]) -> None:
+        """Set what it serves."""
+        self.models = dict(models)
 
     def request_head(self, path: str) -> bytes:
         """Return the request line and the headers that are the same for every request to this endpoint."""

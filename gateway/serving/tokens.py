@@ -95,7 +95,7 @@ async def count_tokens(pool: Pool, model: str, path: str, fields: Fields, enough
         if len(prompts) > 1 and most <= enough:
             longest = max(longest, most)
             continue
-        count = await _ask(endpoint, endpoint.models[model], prompt)
+        count = await _ask(endpoint, endpoint.models[model].model, prompt)
         if isinstance(count, Uncounted):
             return count
         longest = max(longest, count)

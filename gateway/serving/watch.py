@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable
-from typing import Any
 
 import httpx
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_fixed
@@ -90,12 +89,12 @@ class Watcher:
         await self._get(endpoint, engine.ready_path)
         if endpoint.spec.models is not None:
             return
-        models = _read_models((await self._get(endpoint, engine.models_path)).json())
-        names = {model.name for model in models}
-        if names != set(endpoint.models):
-            endpoint.name_models((name, name) for name in names)
+        served = engine.read_models((await self._get(endpoint, engine.models_path)).content)
+        targets = {model.name: engine.target(model.name, model.base) for model in served}
+        if targets != endpoint.models:
+            endpoint.name_models(targets.items())
             self._pool.index()
-        self._pool.catalogue.learn(models)
+        self._pool.catalogue.learn(Model(model.name, model.created, model.max_model_len) for model in served)
 
     async def _get(self, endpoint: Endpoint, path: str) -> httpx.Response:
         # One kept connection may have been closed by the engine just now: that alone is no failure.
@@ -126,23 +125,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, httpx.TimeoutException):
         return f"no answer within {LOOK_TIMEOUT:g} s"
     return str(error) or type(error).__name__
-
-
-def _read_models(answer: Any) -> list[Model]:
-    """Read ``/v1/models``; ValueError when it is none."""
-    data = answer.get("data") if isinstance(answer, dict) else None
-    if not isinstance(data, list):
-        raise ValueError("its list of models cannot be read")  # noqa: TRY004 - the caller knows one kind
-    models = []
-    for item in data:
-        if isinstance(item, dict) and isinstance(item.get("id"), str):
-            length = item.get("max_model_len")
-            created = item.get("created")
-            models.append(
-                Model(
-                    item["id"],
-                    created if isinstance(created, int) else 0,
-                    length if isinstance(length, int) else None,
-                )
-            )
-    return models

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.protocol import Dispatch
+from engines.protocol import Dispatch, plain_target
 from engines.registry import ENGINES
 from engines.vllm import Vllm
 from gateway.api.media import MediaRules
@@ -54,7 +53,7 @@ def refused(answer: Asked | Refusal, kind: Kind = Kind.INVALID, param: str | Non
 
 def sent(answer: Asked | Refusal, path: str = CHAT) -> dict[str, Any]:
     """What an engine would get, every key as often as it stands there."""
-    body = Vllm().prepare(path, asked(answer).fields, Dispatch(msgspec.Raw(b'"m"'), ask_usage=False))
+    body = Vllm().prepare(path, asked(answer).fields, Dispatch(plain_target("m"), ask_usage=False))
     pairs: list[tuple[str, Any]] = json.loads(body, object_pairs_hook=lambda found: found)
     assert len(dict(pairs)) == len(pairs)
     decoded: dict[str, Any] = json.loads(body)

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 
 from adapters.catalogue import Catalogue, Model
+from engines.protocol import plain_target
 from engines.vllm import Vllm
 from gateway.serving.pool import EndpointSpec, Pool
 from gateway.serving.upstream import Address, parse_address
@@ -76,7 +77,7 @@ def test_an_engine_that_must_be_asked_serves_nothing_yet() -> None:
     assert not endpoint.healthy
     assert endpoint.trouble == "not asked yet"
     endpoint.up()
-    endpoint.name_models([("m", "m")])
+    endpoint.name_models([("m", plain_target("m"))])
     assert pool.choose("m", CHAT, ()) is None
     pool.index()
     assert pool.choose("m", CHAT, ()) is endpoint
@@ -182,4 +183,4 @@ def test_without_a_key_none_is_sent() -> None:
 
 def test_the_engines_own_names_are_json() -> None:
     (endpoint,) = pool_of(spec("a", 'quo"te')).endpoints
-    assert bytes(endpoint.models['quo"te']) == b'"own quo\\"te"'
+    assert bytes(endpoint.models['quo"te'].model) == b'"own quo\\"te"'

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines import wire
-from engines.protocol import Dispatch, Fault
+from engines.protocol import Dispatch, Fault, plain_target
 from engines.registry import ENGINES
 from engines.vllm import Vllm
 from gateway.api.routes import RELAYED
@@ -173,7 +173,7 @@ def raw(**fields: Any) -> dict[str, msgspec.Raw]:
 
 
 def prepared(path: str, fields: dict[str, msgspec.Raw], *, ask: bool = False, salt: str | None = None) -> Any:
-    return json.loads(VLLM.prepare(path, fields, Dispatch(msgspec.Raw(b'"own name"'), ask, salt)))
+    return json.loads(VLLM.prepare(path, fields, Dispatch(plain_target("own name"), ask, salt)))
 
 
 def test_the_model_goes_by_its_own_name_and_the_rest_as_it_came() -> None:
@@ -219,7 +219,7 @@ def test_a_trust_domain_becomes_the_salt_of_the_prefix_cache(path: str, salted: 
 def test_options_that_cannot_be_read_do_not_break_it() -> None:
     """The body's check lets only UTF-8 in; an engine file relies on nobody for that."""
     fields = {"model": msgspec.Raw(b'"m"'), "stream_options": msgspec.Raw(b'{"\xff":1}')}
-    sent = VLLM.prepare("/v1/chat/completions", fields, Dispatch(msgspec.Raw(b'"m"'), ask_usage=True))
+    sent = VLLM.prepare("/v1/chat/completions", fields, Dispatch(plain_target("m"), ask_usage=True))
     assert sent == b'{"model":"m","stream_options":{"\xff":1}}'
 
 
