@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -156,13 +157,27 @@ def _make_sqlite_file(engine: sa.Engine) -> None:
 
 
 def _migrate(connection: sa.Connection) -> None:
+    head, known = _revisions()
+    current = current_revision(connection)
+    # Nearly every start finds the database up to date: then the migrations themselves stay unread.
+    if current != head and current in known | {None}:
+        config = _alembic()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _alembic() -> Config:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
-    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    if current_revision(connection) in known | {None}:
-        command.upgrade(config, "head")
+    return config
+
+
+@cache
+def _revisions() -> tuple[str | None, frozenset[str]]:
+    """The newest migration of this release, and all of them."""
+    scripts = ScriptDirectory.from_config(_alembic())
+    return scripts.get_current_head(), frozenset(script.revision for script in scripts.walk_revisions())
 
 
 def current_revision(connection: sa.Connection) -> str | None:
