@@ -6,7 +6,7 @@ import asyncio
 from functools import cache
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -33,45 +33,87 @@ class Refused(Exception):  # noqa: N818 - a refusal on its way to the table, not
         self.refusal = refusal
 
 
+# Read once, for both listeners: making a route of a function takes FastAPI a good deal longer than serving it. Which
+# gateway is asked, a request knows from its app.
+_HEALTH, _MODELS, _METRICS = APIRouter(tags=["health"]), APIRouter(tags=["models"]), APIRouter()
+
+
+def _edge(request: Request) -> Edge:
+    edge: Edge = request.app.state.edge
+    return edge
+
+
+@_HEALTH.get("/health/live", summary="The process is alive")
+async def live() -> dict[str, str]:
+    """Answer as long as the event loop turns; says nothing of engines."""
+    return {"status": "ok"}
+
+
+@_HEALTH.get("/health/ready", summary="Requests can be served")
+async def ready(request: Request) -> JSONResponse:
+    """Say whether a request could be served now, and how each engine is."""
+    edge = _edge(request)
+    is_ready = edge.pool.ready and not edge.closing
+    status = "shutting down" if edge.closing else "ok" if is_ready else "no healthy engine"
+    endpoints = [_describe_endpoint(endpoint) for endpoint in edge.pool.endpoints]
+    return JSONResponse({"status": status, "endpoints": endpoints}, 200 if is_ready else 503)
+
+
+@_MODELS.get("/v1/models", summary="List the models this key may use")
+async def list_models(request: Request) -> dict[str, Any]:
+    """List the models of all engines, those alone that the caller's key may use."""
+    edge = _edge(request)
+    who = _identify(request, edge)
+    models = [_describe(model) for model in edge.pool.catalogue.list() if may_use(who, model.name)]
+    return {"object": "list", "data": models}
+
+
+@_MODELS.get("/v1/models/{model:path}", summary="Describe one model")
+async def show_model(model: str, request: Request) -> dict[str, Any]:
+    """Describe a model by the name clients use; a name may hold slashes."""
+    edge = _edge(request)
+    who = _identify(request, edge)
+    found = edge.pool.catalogue.resolve(model)
+    if found is None:
+        told = f"The model {model!r} does not exist. GET /v1/models lists what there is."
+        raise Refused(Refusal(Kind.NO_MODEL, told, "model"))
+    if not may_use(who, model):
+        raise Refused(Refusal(Kind.NO_RIGHT, f"This key may not use the model {model!r}.", "model"))
+    return _describe(found)
+
+
+@_METRICS.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """Return all series in Prometheus' text format."""
+    edge = _edge(request)
+    for endpoint in edge.pool.endpoints:
+        edge.metrics.endpoint_state(endpoint.name, endpoint.healthy, endpoint.in_flight)
+    text = await asyncio.get_running_loop().run_in_executor(None, edge.metrics.render)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
 def public_app(edge: Edge, version: str) -> FastAPI:
     """Return what clients reach besides the relayed paths."""
-    app = FastAPI(title=TITLE, summary=SUMMARY, version=version, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title=TITLE,
+        summary=SUMMARY,
+        version=version,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        routes=[*_HEALTH.routes, *_MODELS.routes],
+    )
+    app.state.edge = edge
     _handle_errors(app, edge)
-    _add_health(app, edge)
-
-    @app.get("/v1/models", summary="List the models this key may use", tags=["models"])
-    async def list_models(request: Request) -> dict[str, Any]:
-        who = _identify(request, edge)
-        models = [_describe(model) for model in edge.pool.catalogue.list() if may_use(who, model.name)]
-        return {"object": "list", "data": models}
-
-    @app.get("/v1/models/{model:path}", summary="Describe one model", tags=["models"])
-    async def show_model(model: str, request: Request) -> dict[str, Any]:
-        who = _identify(request, edge)
-        found = edge.pool.catalogue.resolve(model)
-        if found is None:
-            told = f"The model {model!r} does not exist. GET /v1/models lists what there is."
-            raise Refused(Refusal(Kind.NO_MODEL, told, "model"))
-        if not may_use(who, model):
-            raise Refused(Refusal(Kind.NO_RIGHT, f"This key may not use the model {model!r}.", "model"))
-        return _describe(found)
-
     return app
 
 
 def admin_app(edge: Edge, public: FastAPI, version: str) -> FastAPI:
     """Return what only operators reach: metrics, health and the documentation of the public paths."""
-    app = FastAPI(title=f"{TITLE} (operators)", version=version, redoc_url=None)
+    routes = [*_HEALTH.routes, *_METRICS.routes]
+    app = FastAPI(title=f"{TITLE} (operators)", version=version, redoc_url=None, routes=routes)
+    app.state.edge = edge
     _handle_errors(app, edge)
-    _add_health(app, edge)
-
-    @app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        for endpoint in edge.pool.endpoints:
-            edge.metrics.endpoint_state(endpoint.name, endpoint.healthy, endpoint.in_flight)
-        text = await asyncio.get_running_loop().run_in_executor(None, edge.metrics.render)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
-
     app.openapi = cache(lambda: schema(public, app))  # type: ignore[method-assign]
     return app
 
@@ -111,19 +153,6 @@ def _identify(request: Request, edge: Edge) -> KeyRecord:
     if isinstance(who, Refusal):
         raise Refused(who)
     return who
-
-
-def _add_health(app: FastAPI, edge: Edge) -> None:
-    @app.get("/health/live", summary="The process is alive", tags=["health"])
-    async def live() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/health/ready", summary="Requests can be served", tags=["health"])
-    async def ready() -> JSONResponse:
-        is_ready = edge.pool.ready and not edge.closing
-        status = "shutting down" if edge.closing else "ok" if is_ready else "no healthy engine"
-        endpoints = [_describe_endpoint(endpoint) for endpoint in edge.pool.endpoints]
-        return JSONResponse({"status": status, "endpoints": endpoints}, 200 if is_ready else 503)
 
 
 def _describe_endpoint(endpoint: Endpoint) -> dict[str, Any]:
