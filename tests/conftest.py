@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -39,6 +40,12 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
     """Run asynchronous tests on the event loop that the gateway is served with, or on the other one."""
     name = config.getoption("--loop")
     return {name: LOOPS[name]}
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported and collected, half a million objects, out of every collection of garbage to come."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

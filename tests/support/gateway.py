@@ -10,7 +10,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol
 
 import pytest
@@ -18,6 +20,7 @@ from pydantic import SecretStr
 
 from gateway.app import Replica
 from gateway.settings import AdminListen, Discovery, KeySettings, Listen, Log, Settings, Shutdown, Upstream, load
+from gateway.state.database import upgrade
 from tests.support.client import RawClient, Response, request_bytes
 from tests.support.clock import ManualClock
 from tests.support.http1 import Headers
@@ -157,7 +160,26 @@ def settings_for(face: Face, folder: Path, upstreams: Iterable[ScriptedUpstream 
         # An engine is looked at when the gateway starts, and again only when a request finds it gone.
         "discovery": Discovery(interval=3600),
     }
-    return Settings(**{**parts, **more})
+    settings = Settings(**{**parts, **more})
+    if settings.auth == "keys" and settings.state.url is None:
+        _give_database(settings.data_dir / "forebay.db")
+    return settings
+
+
+def _give_database(file: Path) -> None:
+    """Put an up-to-date state database there, unless there is something: making one costs more than many a test."""
+    if not file.exists():
+        file.touch(mode=0o600)
+        file.write_bytes(_empty_database())
+
+
+@cache
+def _empty_database() -> bytes:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "forebay.db"
+        upgrade(f"sqlite:///{file}")
+        assert [path.name for path in file.parent.iterdir()] == [file.name], "the file is not the whole database"
+        return file.read_bytes()
 
 
 class StartGateway(Protocol):
