@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -97,9 +98,13 @@ def core_busy(core: int) -> float:
     raise BenchError(f"this machine has no core {core}: see --cores")
 
 
-def free_port(start: int = 17100) -> int:
-    """A loopback port nobody listens on, below the range the kernel gives to outgoing connections."""
-    for port in range(start, 32768):
+def free_port(start: int | None = None) -> int:
+    """A loopback port nobody listens on, below the range the kernel gives to outgoing connections.
+
+    Looked for from `start`, else from a place drawn anew: two runs at once would else agree on the same port, and one
+    would measure what the other has started.
+    """
+    for port in range(start or random.randrange(17100, 19000), 32768):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

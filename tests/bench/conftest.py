@@ -33,7 +33,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Tools:
 @pytest.fixture
 def engine(tools: Tools) -> Iterator[int]:
     """The port of a running mock engine."""
-    port = free_port(19000)
+    port = free_port()
     with subprocess.Popen([tools.mock, str(port)]) as process:
         try:
             _wait_listening(port)
