@@ -43,12 +43,16 @@ check: $(STAMP) ## Formatter, linter, strict types and import contracts
 
 .PHONY: test-fast
 test-fast: $(STAMP) ## The suite without the real engine
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real_engine"
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real_engine and not all_engines"
 
 .PHONY: test
 test: check ## Everything: checks and the whole suite, the real engine included
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real_engine"
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real_engine and not all_engines"
 	@$(BIN)/python -m pytest -m real_engine
+
+.PHONY: test-engines
+test-engines: $(STAMP) ## The conformance suite on every engine
+	@$(BIN)/python -m pytest -m all_engines
 
 .PHONY: bench
 bench: $(STAMP) ## Compare with nginx and a naive gateway; PEERS="sglang-router smg" installs and adds those

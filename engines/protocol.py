@@ -120,6 +120,8 @@ class Capability(enum.Flag):
     """It tells the probabilities of tokens, top candidates included."""
     SEVERAL_ANSWERS = enum.auto()
     """``n`` above one."""
+    MODELS_CHECKED = enum.auto()
+    """It refuses a model that it does not know; without this it is asked only for names that it has listed."""
     LENGTH_CHECKED = enum.auto()
     """It refuses ``max_tokens`` beyond the context; without this it silently gives less."""
     CACHE_SALT = enum.auto()

@@ -28,7 +28,6 @@ from engines.protocol import (
 )
 
 _encode = msgspec.json.encode
-_USAGE_ONLY = msgspec.Raw(b'{"include_usage":true}')
 
 _OPENAI_STREAMS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _SALTED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
@@ -79,6 +78,7 @@ class Vllm:
         | Capability.JSON_SCHEMA
         | Capability.LOGPROBS
         | Capability.SEVERAL_ANSWERS
+        | Capability.MODELS_CHECKED
         | Capability.LENGTH_CHECKED
         | Capability.CACHE_SALT
         | Capability.PRIORITY
@@ -102,7 +102,7 @@ class Vllm:
         """Name the model as the engine knows it, and ask for usage where the client did not."""
         fields["model"] = dispatch.target.model
         if dispatch.ask_usage and path in _OPENAI_STREAMS:
-            fields["stream_options"] = _with_usage(fields.get("stream_options"))
+            fields["stream_options"] = wire.with_usage(fields.get("stream_options"))
         if dispatch.cache_salt is not None and path in _SALTED:
             fields["cache_salt"] = msgspec.Raw(_encode(dispatch.cache_salt))
         return _encode(fields)
@@ -113,12 +113,7 @@ class Vllm:
 
     def read_stream_error(self, payload: bytes) -> EngineError | None:
         """Read an event's JSON; vLLM reports a failure in a stream as an event ``{"error": {...}}``."""
-        value = wire.parse(payload)
-        is_error = value.get("error") is not None or value.get("object") == "error" or value.get("type") == "error"
-        if not is_error or "choices" in value:
-            return None
-        fields = wire.error_fields(value)
-        return wire.read_error(wire.status_in(fields), payload)
+        return wire.read_stream_error(payload)
 
     def target(self, name: str, base: str | None = None) -> Target:
         """An adapter is named like a model."""
@@ -269,15 +264,3 @@ _CPU_MAX_RUNNING = {Device.CPU: 32}
 _CPU_DTYPE = {Device.CPU: "bfloat16"}
 # One GiB of KV cache holds 22 requests of this length for SmolLM2-135M; the model's own limit may not fit once.
 _CPU_MAX_MODEL_LEN = {Device.CPU: 2048}
-
-
-def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
-    if options is None or bytes(options) == b"null":
-        return _USAGE_ONLY
-    try:
-        wanted = msgspec.json.decode(options, type=dict[str, msgspec.Raw])
-    except (ValueError, RecursionError):
-        # No object, a key that is not UTF-8, or too deep: the engine says what is wrong with it, in its own words.
-        return options
-    wanted["include_usage"] = msgspec.Raw(b"true")
-    return msgspec.Raw(_encode(wanted))

@@ -87,6 +87,34 @@ def status_in(fields: dict[str, Any]) -> int:
     return 500
 
 
+def read_stream_error(payload: bytes) -> EngineError | None:
+    """Read one event's JSON: an error by its ``error``, ``object`` or ``type``; None for anything else.
+
+    A chunk of an answer may carry an empty or even a filled field of that name.
+    """
+    value = parse(payload)
+    is_error = value.get("error") is not None or value.get("object") == "error" or value.get("type") == "error"
+    if not is_error or "choices" in value:
+        return None
+    return read_error(status_in(error_fields(value)), payload)
+
+
+_USAGE_ONLY = msgspec.Raw(b'{"include_usage":true}')
+
+
+def with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
+    """Return ``stream_options`` that ask for usage, whatever else they ask for."""
+    if options is None or bytes(options) == b"null":
+        return _USAGE_ONLY
+    try:
+        wanted = msgspec.json.decode(options, type=dict[str, msgspec.Raw])
+    except (ValueError, RecursionError):
+        # No object, a key that is not UTF-8, or too deep: the engine says what is wrong with it, in its own words.
+        return options
+    wanted["include_usage"] = msgspec.Raw(b"true")
+    return msgspec.Raw(msgspec.json.encode(wanted))
+
+
 class _ListedModel(msgspec.Struct):
     id: str
     created: int = 0

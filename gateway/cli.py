@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from engines.registry import ENGINES
 from gateway.settings import Caps, ConfigError, Settings, json_schema, load, warnings_about
 from gateway.values import parse_duration
 
@@ -385,7 +386,7 @@ def serve(
 
 @engines_app.command("install")
 def engines_install(
-    kind: Annotated[str, typer.Argument(help="Which engine: vllm.")],
+    kind: Annotated[str, typer.Argument(help=f"Which engine: {' or '.join(ENGINES)}.")],
     device: Annotated[DeviceName, typer.Option("--device", help="What it will compute on.")] = DeviceName.CPU,
     config: ConfigOption = None,
 ) -> None:
@@ -406,7 +407,7 @@ def engines_install(
 
 @engines_app.command("run")
 def engines_run(
-    kind: Annotated[str, typer.Argument(help="Which engine: vllm.")],
+    kind: Annotated[str, typer.Argument(help=f"Which engine: {' or '.join(ENGINES)}.")],
     model: ModelOption = None,
     device: DeviceOption = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Loopback port.")] = 8100,

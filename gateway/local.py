@@ -31,6 +31,7 @@ from engines.environments import EngineEnvironment, ensure_environment, recipe_f
 from engines.launch import Launchable, LaunchSpec, process_environment
 from engines.minder import Address, Minder
 from engines.models import ModelFiles, prepare_model
+from engines.protocol import Capability
 from engines.registry import ENGINES
 from engines.steps import Step
 from gateway.greeting import Display, Greeting, base_url
@@ -48,6 +49,8 @@ ENGINE_GRACE = 10.0
 """Seconds an engine gets to end; no request reaches it any more."""
 UPSTREAM_PATIENCE = 5.0
 """Seconds after which a person is told that no upstream answers."""
+FIRST_ENGINE_PORT = 8101
+"""Where the search for an engine's port begins, for engines that listen on no Unix socket."""
 POLL = 0.1
 """Seconds between two looks at whether the gateway is ready."""
 MAX_RUN_DIRECTORY = 90
@@ -213,12 +216,29 @@ class PreparedEngine:
         )
 
     def private_spec(self, settings: Settings, directory: Path) -> LaunchSpec:
-        """How to start it for the gateway alone: on a Unix socket in `directory`, or on its port with a key."""
-        if self.settings.port:
-            return self.spec(settings, Address(port=self.settings.port), secrets.token_hex(32))
+        """How to start it for the gateway alone: on a Unix socket in `directory`, or on a port with a key.
+
+        On a port where one is named, and where that is all the engine can listen on.
+        """
+        can_do = ENGINES[self.settings.kind].capabilities
+        if self.settings.port or Capability.UNIX_SOCKET not in can_do:
+            address = Address(port=self.settings.port or _engine_port(self.settings, settings))
+            return self.spec(settings, address, secrets.token_hex(32))
         # Short, and another one for each gateway that shares the data directory: a port is one gateway's alone.
         name = f"{settings.listen.port}-{settings.engines.index(self.settings)}.sock"
         return self.spec(settings, Address(unix=directory / name), None)
+
+
+def _engine_port(engine: LocalEngine, settings: Settings) -> int:
+    """A free loopback port. The engine listens a minute later, so none that the kernel gives to whoever connects."""
+    index, step = settings.engines.index(engine), len(settings.engines)
+    taken = {settings.listen.port, settings.admin.port, *(other.port for other in settings.engines)}
+    # Each engine of the configuration has ports of its own to choose from.
+    for port in range(FIRST_ENGINE_PORT + index, FIRST_ENGINE_PORT + 1000, step):
+        with contextlib.suppress(OSError):
+            if port not in taken:
+                return _bind("127.0.0.1", port)
+    raise StartError(f"no port from {FIRST_ENGINE_PORT} up is free for {engine.name}; name one in its `port`")
 
 
 def prepare(engine: LocalEngine, settings: Settings, display: Display) -> PreparedEngine:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from adapters.catalogue import Catalogue, Model
-from engines.protocol import Engine, Target
+from engines.protocol import Capability, Engine, Target
 from gateway.policy.routing import least_loaded
 from gateway.serving.upstream import Address, Connections
 
@@ -37,7 +37,7 @@ class Endpoint:
         self.connections = Connections(spec.address, spec.max_connections)
         self.in_flight = 0
         # Named models are believed until a connection fails; an engine that must be asked has served nothing yet.
-        self.healthy = spec.models is not None
+        self.healthy = spec.models is not None and not self.asked
         self.seen = False
         """Whether it ever answered."""
         self.trouble = "" if self.healthy else "not asked yet"
@@ -47,6 +47,11 @@ class Endpoint:
         """Called when a request finds that it cannot be reached."""
         self._heads: dict[str, bytes] = {}
         self.name_models((public, self.engine.target(own)) for public, own in spec.models or ())
+
+    @property
+    def asked(self) -> bool:
+        """Whether it must be asked what it serves: nobody says so, or it answers from another model than was named."""
+        return self.spec.models is None or Capability.MODELS_CHECKED not in self.engine.capabilities
 
     @property
     def available(self) -> bool:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import httpx
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from adapters.catalogue import Model
+from engines.protocol import Target
 from gateway.log import Log
 from gateway.metrics import Metrics
 from gateway.serving.pool import Endpoint, Pool
@@ -87,14 +88,19 @@ class Watcher:
     async def _ask(self, endpoint: Endpoint) -> None:
         engine = endpoint.engine
         await self._get(endpoint, engine.ready_path)
-        if endpoint.spec.models is not None:
+        if not endpoint.asked:
             return
         served = engine.read_models((await self._get(endpoint, engine.models_path)).content)
         targets = {model.name: engine.target(model.name, model.base) for model in served}
+        if endpoint.spec.models is None:
+            self._pool.catalogue.learn(Model(model.name, model.created, model.max_model_len) for model in served)
+        else:
+            targets = _named(endpoint, targets)
         if targets != endpoint.models:
             endpoint.name_models(targets.items())
             self._pool.index()
-        self._pool.catalogue.learn(Model(model.name, model.created, model.max_model_len) for model in served)
+            if missing := [public for public, _ in endpoint.spec.models or () if public not in targets]:
+                self._log.say("warning", "models_missing", endpoint=endpoint.name, models=missing)
 
     async def _get(self, endpoint: Endpoint, path: str) -> httpx.Response:
         # One kept connection may have been closed by the engine just now: that alone is no failure.
@@ -117,6 +123,16 @@ def _client_for(endpoint: Endpoint) -> httpx.AsyncClient:
         transport = httpx.AsyncHTTPTransport(verify=address.tls or False)
         base = endpoint.spec.url
     return httpx.AsyncClient(base_url=base, transport=transport, headers=headers, timeout=LOOK_TIMEOUT, trust_env=False)
+
+
+def _named(endpoint: Endpoint, listed: Mapping[str, Target]) -> dict[str, Target]:
+    """Return how the models that the configuration names are named, as far as the engine lists them.
+
+    An adapter may be written with its base, or alone: the list says which base it belongs to.
+    """
+    known = list(listed.values())
+    wanted = {public: listed.get(own) or endpoint.engine.target(own) for public, own in endpoint.spec.models or ()}
+    return {public: target for public, target in wanted.items() if target in known}
 
 
 def _reason(error: Exception) -> str:

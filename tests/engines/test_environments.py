@@ -233,8 +233,8 @@ def test_nothing_stands_in_the_way_of_a_small_recipe(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_cannot_be_installed_is_named() -> None:
-    with pytest.raises(EngineSetupError, match="cannot install sglang on cpu, only vllm on cpu, vllm on cuda"):
-        recipe_for("sglang", Device.CPU)
+    with pytest.raises(EngineSetupError, match="cannot install no-engine on cpu, only vllm on cpu, vllm on cuda"):
+        recipe_for("no-engine", Device.CPU)
 
 
 def test_the_cpu_lock_pins_everything_and_names_no_place() -> None:
