@@ -19,6 +19,7 @@ import pytest
 from engines.environments import EngineEnvironment
 from engines.minder import Address, Minder, MinderError
 from engines.models import ModelFiles
+from gateway import local
 from gateway.greeting import Display
 from gateway.local import (
     Plan,
@@ -368,6 +369,27 @@ def test_an_engine_is_private_to_its_gateway(tmp_path: Path) -> None:
     assert spec.served_name == "public"
     assert spec.api_key is not None
     assert spec.api_key not in repr(spec)
+
+
+def test_an_engine_that_knows_no_sockets_is_given_a_port_and_a_key(tmp_path: Path) -> None:
+    """Of two each has ports of its own, and none is one that somebody listens on or that is promised to another."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        first = taken.getsockname()[1]
+        tree = {
+            "listen": {"port": first + 2},
+            "engines": [{"name": "a", "kind": "sglang"}, {"name": "b", "kind": "sglang"}],
+        }
+        plan, engine = prepared(tmp_path, tree)
+        specs = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(local, "FIRST_ENGINE_PORT", first)
+            for settings in plan.settings.engines:
+                one = PreparedEngine(settings, engine.environment, engine.model)
+                specs.append(one.private_spec(plan.settings, tmp_path))
+    ports = [spec.address.port for spec in specs]
+    assert all(spec.address.unix is None and spec.api_key for spec in specs)
+    assert [(port - first) % 2 for port in ports] == [0, 1]
+    assert not {first, first + 2} & set(ports)
 
 
 def test_a_data_directory_that_cannot_be_written_is_said() -> None:

@@ -1,0 +1,92 @@
+"""In front of SGLang, which answers from its base model under any name it does not know, a name means one thing.
+
+The engine is a script that lists the models of a recording: base ``smollm2``, adapter ``a``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gateway.settings import Upstream
+from tests.support.gateway import CHAT, MODEL, Gateway, StartGateway, chat, relayed
+from tests.support.recordings import load
+from tests.support.script import Script, play
+from tests.support.upstream import ScriptedUpstream
+
+NOTHING = Script(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+
+def sglang(upstream: ScriptedUpstream, models: dict[str, str] | None = None) -> Upstream:
+    upstream.always(NOTHING, path="/ready")
+    upstream.always(play(load("sglang", "models")), path="/v1/models")
+    upstream.always(play(load("sglang", "chat_nonstream")), path=CHAT)
+    return Upstream(url=upstream.url, engine="sglang", models=models)
+
+
+def error_code(answer: Any) -> str:
+    code: str = answer.json()["error"]["code"]
+    return code
+
+
+async def asked_for(gateway: Gateway, upstream: ScriptedUpstream, model: str) -> dict[str, Any]:
+    answer = await gateway.ask(chat(model=model))
+    assert (answer.status, answer.json()["model"]) == (200, model)
+    body: dict[str, Any] = relayed(upstream)[-1].json()
+    return {name: value for name, value in body.items() if name != "messages"}
+
+
+async def test_names_that_it_lists(start_gateway: StartGateway, upstream: ScriptedUpstream) -> None:
+    gateway = await start_gateway(sglang(upstream))
+    assert await asked_for(gateway, upstream, "smollm2") == {"model": "smollm2"}
+    assert await asked_for(gateway, upstream, "a") == {"model": "smollm2", "lora_path": "a"}
+    sent = len(relayed(upstream))
+    for unknown in ("no-such-model", "smollm2:a", "smollm2:b"):
+        answer = await gateway.ask(chat(model=unknown))
+        assert (answer.status, error_code(answer)) == (404, "model_not_found")
+    answer = await gateway.ask(chat(model="smollm2", lora_path="a"))
+    assert (answer.status, error_code(answer)) == (400, "field_not_allowed")
+    assert len(relayed(upstream)) == sent
+
+
+@pytest.mark.parametrize(
+    ("own", "sent"),
+    [
+        ("smollm2", {"model": "smollm2"}),
+        ("a", {"model": "smollm2", "lora_path": "a"}),
+        ("smollm2:a", {"model": "smollm2", "lora_path": "a"}),
+    ],
+)
+async def test_names_that_the_configuration_gives(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, own: str, sent: dict[str, str]
+) -> None:
+    """An adapter may be written with its base or alone, and never reaches the engine as a model."""
+    gateway = await start_gateway(sglang(upstream, {MODEL: own}))
+    assert await asked_for(gateway, upstream, MODEL) == sent
+    assert (await gateway.ask(chat(model="smollm2"))).status == 404
+
+
+async def test_a_name_that_it_does_not_list_reaches_it_never(
+    start_gateway: StartGateway, upstream: ScriptedUpstream
+) -> None:
+    gateway = await start_gateway(sglang(upstream, {MODEL: "gone", "other": "smollm2:gone", "here": "smollm2"}))
+    for lost in (MODEL, "other"):
+        answer = await gateway.ask(chat(model=lost))
+        assert (answer.status, error_code(answer)) == (503, "server_is_overloaded")
+    assert relayed(upstream) == []
+    assert (await gateway.ask(chat(model="here"))).status == 200
+    assert gateway.lines("models_missing")[0]["models"] == ["other", MODEL]
+
+
+async def test_before_it_has_said_what_it_serves_it_is_asked_nothing(
+    start_gateway: StartGateway, upstream: ScriptedUpstream
+) -> None:
+    configured = sglang(upstream, {MODEL: "smollm2"})
+    upstream.always(Script(b"HTTP/1.1 503 Loading\r\ncontent-length: 0\r\n\r\n"), path="/ready")
+    gateway = await start_gateway(configured)
+    assert (await gateway.ask(chat())).status == 503
+    upstream.always(NOTHING, path="/ready")
+    [endpoint] = gateway.replica.pool.endpoints
+    await gateway.replica.watcher.look(endpoint)
+    assert (await gateway.ask(chat())).status == 200
