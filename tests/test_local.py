@@ -375,7 +375,7 @@ def test_an_engine_that_knows_no_sockets_is_given_a_port_and_a_key(tmp_path: Pat
     """Of two each has ports of its own, and none is one that somebody listens on or that is promised to another."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         first = taken.getsockname()[1]
-        tree = {
+        tree: dict[str, object] = {
             "listen": {"port": first + 2},
             "engines": [{"name": "a", "kind": "sglang"}, {"name": "b", "kind": "sglang"}],
         }

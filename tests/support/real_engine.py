@@ -9,6 +9,7 @@ and are made there on first use. What takes long is told on standard error, past
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
 import random
@@ -17,8 +18,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -28,8 +30,8 @@ from engines.environments import EngineEnvironment, ensure_environment, recipe_f
 from engines.launch import LaunchSpec, process_environment
 from engines.minder import Address, Minder
 from engines.models import ModelFiles, prepare_model
+from engines.registry import ENGINES
 from engines.steps import Step
-from engines.vllm import Vllm
 from tests.support.served import Served
 
 START_WITHIN = 600.0
@@ -42,13 +44,14 @@ ANSWER_WITHIN = 120.0
 
 @dataclass(frozen=True, slots=True)
 class RealEngine:
-    """A vLLM that answers. ``start_seconds`` is how long it took to be ready; ``url`` is as an upstream's."""
+    """An engine that answers. ``start_seconds`` is how long it took to be ready; ``url`` is as an upstream's."""
 
     url: str
     model: str
     pid: int
     log_path: Path
     start_seconds: float
+    api_key: str | None = None
 
     @property
     def port(self) -> int:
@@ -60,7 +63,8 @@ class RealEngine:
         if self.url.startswith("unix:"):
             transport = httpx.HTTPTransport(uds=self.url.removeprefix("unix:"))
             return httpx.Client(base_url="http://engine", transport=transport, timeout=ANSWER_WITHIN)
-        return httpx.Client(base_url=self.url, timeout=ANSWER_WITHIN)
+        headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=ANSWER_WITHIN)
 
 
 def data_directory() -> Path:
@@ -69,23 +73,24 @@ def data_directory() -> Path:
     return Path(os.environ.get("FOREBAY_HOME") or default)
 
 
-def prepared() -> tuple[EngineEnvironment, ModelFiles]:
-    """Return vLLM's CPU environment and the packaged model, made first where they are missing."""
-    environment = ensure_environment(recipe_for("vllm", Device.CPU), data_directory(), _tell_step)
+def prepared(kind: str = "vllm") -> tuple[EngineEnvironment, ModelFiles]:
+    """Return an engine's CPU environment and the packaged model, made first where they are missing."""
+    environment = ensure_environment(recipe_for(kind, Device.CPU), data_directory(), _tell_step)
     return environment, prepare_model("smollm2-135m-instruct", data_directory(), environment, _tell_step)
 
 
-def spec_for(model: ModelFiles, port: int, *extra_args: str) -> LaunchSpec:
-    """Return the launch of the packaged model on a loopback port."""
-    return LaunchSpec(
-        name="vllm",
-        kind="vllm",
+def spec_for(model: ModelFiles, port: int, *extra_args: str, kind: str = "vllm", **changes: Any) -> LaunchSpec:
+    """Return the launch of the packaged model on a loopback port; ``changes`` are other fields of it."""
+    plain = LaunchSpec(
+        name=kind,
+        kind=kind,
         device=Device.CPU,
         model=model.path,
         served_name=model.served_name,
         address=Address(port=port),
         extra_args=extra_args,
     )
+    return replace(plain, **changes)
 
 
 def engine_port() -> int:
@@ -101,10 +106,13 @@ def engine_port() -> int:
 
 
 @contextmanager
-def running_vllm(*extra_args: str) -> Iterator[RealEngine]:
-    """Run a vLLM until the block ends. Raises ``MinderError`` with its last words when it does not start."""
-    environment, model = prepared()
-    spec, engine = spec_for(model, engine_port(), *extra_args), Vllm()
+def running(kind: str, *extra_args: str, **changes: Any) -> Iterator[RealEngine]:
+    """Run an engine until the block ends. Raises ``MinderError`` with its last words when it does not start.
+
+    ``changes`` are fields of its ``LaunchSpec``.
+    """
+    environment, model = prepared(kind)
+    spec, engine = spec_for(model, engine_port(), *extra_args, kind=kind, **changes), ENGINES[kind]
     minder = Minder(
         spec.name,
         engine.command_line(spec, environment.python),
@@ -113,7 +121,7 @@ def running_vllm(*extra_args: str) -> Iterator[RealEngine]:
         log_path=data_directory() / "logs" / f"test-{spec.address.port}.log",
         ready_path=engine.ready_path,
         phases=engine.loading_phases,
-        on_phase=_tell_phase,
+        on_phase=functools.partial(_tell_phase, kind),
     )
     with _event_loop() as loop:
 
@@ -124,7 +132,9 @@ def running_vllm(*extra_args: str) -> Iterator[RealEngine]:
         try:
             seconds = asyncio.run_coroutine_threadsafe(start(), loop).result()
             assert minder.engine_pid is not None
-            yield RealEngine(str(spec.address), spec.served_name, minder.engine_pid, minder.log_path, seconds)
+            yield RealEngine(
+                str(spec.address), spec.served_name, minder.engine_pid, minder.log_path, seconds, spec.api_key
+            )
         finally:
             asyncio.run_coroutine_threadsafe(minder.stop(), loop).result()
     minder.log_path.unlink()
@@ -185,8 +195,8 @@ def _tell_step(step: Step) -> None:
     _tell(f"{step.phase}: {step.text}")
 
 
-def _tell_phase(text: str, done: int | None, total: int | None) -> None:
-    _tell(f"vllm: {text}" + (f" {done}/{total}" if total is not None else ""))
+def _tell_phase(kind: str, text: str, done: int | None, total: int | None) -> None:
+    _tell(f"{kind}: {text}" + (f" {done}/{total}" if total is not None else ""))
 
 
 def _tell(text: str) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.real_engine import running_vllm
+from tests.support.real_engine import running
 from tests.support.recordings import RECORDINGS
 
 MODEL = "smollm2"
@@ -113,7 +113,7 @@ def main(names: list[str]) -> int:
     missing = [exchange for exchange in wanted if not (folder / f"{exchange.name}.meta.json").exists()]
     print(f"{len(wanted) - len(missing)} recordings are there already, {len(missing)} to record")
     if missing:
-        with running_vllm(*POOLING) as engine:
+        with running("vllm", *POOLING) as engine:
             for exchange in missing:
                 record(exchange, engine.port, folder)
                 print(f"recorded {exchange.name}")

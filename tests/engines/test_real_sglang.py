@@ -1,0 +1,345 @@
+"""A real SGLang behind the gateway, installed and started as ``forebay serve`` does it: HTTP server, scheduler and LoRA
+manager are SGLang's own, its kernels are plain PyTorch (``engines/shims/sglang``).
+
+One engine for all: two requests run, two wait, and an adapter is there from the start. What a capability of
+``engines.sglang`` claims is shown here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import psutil
+import pytest
+from pydantic import SecretStr
+
+from engines.launch import AdapterSlots
+from engines.protocol import Call, Dispatch, EngineError, EngineLoad
+from engines.sglang import Sglang
+from gateway.settings import Upstream
+from tests.conftest import Connect
+from tests.support import client as raw_client
+from tests.support import gateway as gateway_support
+from tests.support.adapters import make_adapter
+from tests.support.client import Response
+from tests.support.gateway import AUTH, CHAT, Gateway, StartGateway, face, start_gateway
+from tests.support.real_engine import ANSWER_WITHIN, RealEngine, running
+from tests.support.script import DONE
+
+__all__ = ["face", "start_gateway"]
+
+pytestmark = pytest.mark.all_engines
+
+BASE = "smollm2-135m-instruct"
+ADAPTER = "loud@1"
+QUESTION = "What is the capital of France?"
+TURNS = [{"role": "user", "content": QUESTION}]
+PARIS = "The capital of France is Paris."
+ENDLESS = {"max_tokens": 1500, "ignore_eos": True}
+FREE_WITHIN = 30.0
+"""Seconds after which an engine that works for nobody fails the test."""
+LOOK = 0.05
+"""Seconds between two looks at the engine's figures."""
+JSON = {"content-type": "application/json"}
+SGLANG = Sglang()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEngine]:
+    """A SGLang with a key, an adapter, and room for two requests beside two."""
+    directory = make_adapter(tmp_path_factory.mktemp("adapters") / "loud", 8, 1)
+    slots = AdapterSlots(active=2, rank=8, targets=("q_proj", "v_proj"), at_start=((ADAPTER, str(directory)),))
+    key = secrets.token_hex(32)
+    with running("sglang", adapters=slots, api_key=key, max_running=2, max_queued=2) as started:
+        yield started
+
+
+@pytest.fixture
+def direct(engine: RealEngine) -> Iterator[httpx.Client]:
+    """The engine past the gateway."""
+    with engine.client() as client:
+        yield client
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for a real engine longer than for a scripted one."""
+    for module in (raw_client, gateway_support):
+        monkeypatch.setattr(module, "PATIENCE", ANSWER_WITHIN)
+
+
+def upstream(engine: RealEngine, models: dict[str, str] | None = None) -> Upstream:
+    assert engine.api_key is not None
+    return Upstream(url=engine.url, engine="sglang", api_key=SecretStr(engine.api_key), models=models)
+
+
+@pytest.fixture
+async def gateway(start_gateway: StartGateway, engine: RealEngine, patience: None) -> AsyncIterator[Gateway]:
+    """A gateway that asks the engine what it serves, in front of an engine that does nothing else."""
+    started = await start_gateway(upstream(engine))
+    await free(engine)
+    yield started
+
+
+def load_of(engine: RealEngine) -> EngineLoad:
+    with engine.client() as client:
+        load = SGLANG.read_load(client.get(SGLANG.metrics_path).content)
+    assert load is not None
+    return load
+
+
+async def free(engine: RealEngine) -> float:
+    """Wait until the engine says that it does nothing; return how many seconds that took."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    async with asyncio.timeout(FREE_WITHIN):
+        while True:
+            load = await asyncio.to_thread(load_of, engine)
+            if load.running == load.waiting == 0:
+                return loop.time() - began
+            await asyncio.sleep(LOOK)
+
+
+async def busy(engine: RealEngine, running: int, waiting: int) -> None:
+    """Wait until the engine says that it runs and keeps waiting that many."""
+    async with asyncio.timeout(ANSWER_WITHIN):
+        while (load := await asyncio.to_thread(load_of, engine)).running != running or load.waiting != waiting:
+            await asyncio.sleep(LOOK)
+
+
+def ask(**fields: Any) -> dict[str, Any]:
+    return {"model": BASE, "messages": TURNS, "temperature": 0, "max_tokens": 12, **fields}
+
+
+def error_of(answer: Response) -> dict[str, Any]:
+    error: dict[str, Any] = answer.json()["error"]
+    return error
+
+
+def text_of(answer: Response) -> str:
+    assert answer.status == 200, answer.body
+    text: str = answer.json()["choices"][0]["message"]["content"]
+    return text
+
+
+# --- answers -----------------------------------------------------------------------------------------------------
+
+
+async def test_every_path_that_it_serves(gateway: Gateway) -> None:
+    asked: dict[str, dict[str, Any]] = {
+        CHAT: ask(max_tokens=4),
+        "/v1/completions": {"model": BASE, "prompt": QUESTION, "max_tokens": 4, "ignore_eos": True},
+        "/v1/responses": {"model": BASE, "input": QUESTION, "max_output_tokens": 4},
+        "/v1/messages": {"model": BASE, "messages": TURNS, "max_tokens": 4},
+    }
+    ends = {"/v1/responses": b"event: response.completed\n", "/v1/messages": b"event: message_stop\n"}
+    for path, body in asked.items():
+        answer = await gateway.ask(body, path)
+        assert (answer.status, answer.json()["model"]) == (200, BASE), (path, answer.body)
+        streamed = await gateway.ask({**body, "stream": True}, path)
+        assert (streamed.status, streamed.complete) == (200, True), path
+        assert streamed.events()[-1].startswith(ends.get(path, DONE)), path
+    counted = await gateway.ask({"model": BASE, "prompt": QUESTION}, "/tokenize")
+    assert (counted.status, counted.json()["count"]) == (200, 7)
+    await gateway.idle()
+    lines = [line for line in gateway.lines("request") if line["path"] != "/tokenize"]
+    assert [line["tokens_out"] for line in lines] == [4] * 8
+
+
+async def test_a_path_that_it_does_not_serve(gateway: Gateway) -> None:
+    """Whatever kind of engine is behind, the words are the same."""
+    asked: dict[str, dict[str, Any]] = {
+        "/v1/embeddings": {"input": QUESTION},
+        "/v1/rerank": {"query": QUESTION, "documents": ["a"]},
+        "/v1/score": {"text_1": QUESTION, "text_2": "a"},
+    }
+    for path, body in asked.items():
+        answer = await gateway.ask({"model": BASE, **body}, path)
+        assert (answer.status, error_of(answer)["code"]) == (400, "unsupported_operation"), (path, answer.body)
+
+
+async def test_a_stream_is_the_answer_and_its_usage(gateway: Gateway) -> None:
+    shown = await gateway.ask(ask(stream=True, stream_options={"include_usage": True}))
+    hidden = await gateway.ask(ask(stream=True))
+    chunks = [json.loads(event.removeprefix(b"data: ")) for event in shown.events()[:-1]]
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+    assert text == PARIS == text_of(await gateway.ask(ask()))
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 8)
+    assert b'"usage":{' not in hidden.body
+    await gateway.idle()
+    assert [line["tokens_out"] for line in gateway.lines("request")] == [8] * 3
+
+
+async def test_several_answers(gateway: Gateway) -> None:
+    answer = await gateway.ask(ask(n=2, max_tokens=3, temperature=1.0))
+    assert [choice["index"] for choice in answer.json()["choices"]] == [0, 1]
+    streamed = await gateway.ask(ask(n=2, max_tokens=3, stream=True))
+    chunks = [json.loads(event.removeprefix(b"data: ")) for event in streamed.events()[:-1]]
+    assert {choice["index"] for chunk in chunks for choice in chunk["choices"]} == {0, 1}
+
+
+async def test_probabilities_schemas_and_tools(gateway: Gateway) -> None:
+    answer = await gateway.ask(ask(max_tokens=2, logprobs=True, top_logprobs=2))
+    tokens = answer.json()["choices"][0]["logprobs"]["content"]
+    assert [len(token["top_logprobs"]) for token in tokens] == [2, 2]
+
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}}
+    held = json.loads(text_of(await gateway.ask(ask(max_tokens=20, response_format=form))))
+    assert held["city"] in ("Paris", "Rome")
+
+    tool = {
+        "type": "function",
+        "function": {"name": "find_city", "parameters": {**schema, "additionalProperties": False}},
+    }
+    choices: list[Any] = ["required", {"type": "function", "function": {"name": "find_city"}}]
+    for choice in choices:
+        answer = await gateway.ask(ask(max_tokens=60, tools=[tool], tool_choice=choice))
+        [call] = answer.json()["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] == "find_city"
+        assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+
+
+async def test_what_the_engine_refuses(gateway: Gateway) -> None:
+    for what, fields, param in (
+        ("a value", {"temperature": -1}, "temperature"),
+        ("a type", {"temperature": "warm"}, "temperature"),
+        ("a form", {"response_format": {"type": "no-such-type"}}, "response_format"),
+    ):
+        for stream in (False, True):
+            answer = await gateway.ask(ask(stream=stream, **fields))
+            assert (answer.status, error_of(answer)["type"]) == (400, "invalid_request_error"), what
+            assert error_of(answer)["param"] == param
+            assert ".py" not in error_of(answer)["message"]
+    long: dict[str, Any] = {"messages": [{"role": "user", "content": "word " * 2500}]}
+    for more in (long, {"max_tokens": 5000}):
+        answer = await gateway.ask(ask(**more))
+        assert (answer.status, error_of(answer)["code"]) == (400, "context_length_exceeded")
+    refused = await gateway.ask(ask(lora_path=ADAPTER))
+    assert (refused.status, error_of(refused)["code"]) == (400, "field_not_allowed")
+
+
+# --- names and adapters ------------------------------------------------------------------------------------------
+
+
+async def test_a_name_means_one_thing(gateway: Gateway, direct: httpx.Client) -> None:
+    """Asked by the bare name, SGLang itself answers from the base model; the gateway never does."""
+    assert direct.post(CHAT, json=ask(model=ADAPTER)).json()["choices"][0]["message"]["content"] == PARIS
+    assert direct.post(CHAT, json=ask(model="no-such-model")).status_code == 200
+    unknown = await gateway.ask(ask(model="no-such-model"))
+    assert (unknown.status, error_of(unknown)["code"]) == (404, "model_not_found")
+    assert text_of(await gateway.ask(ask())) == PARIS
+    answer = await gateway.ask(ask(model=ADAPTER))
+    assert answer.json()["model"] == ADAPTER
+    loud = text_of(answer)
+    assert loud != PARIS
+    streamed = await gateway.ask(ask(model=ADAPTER, stream=True))
+    chunks = [json.loads(event.removeprefix(b"data: ")) for event in streamed.events()[:-1]]
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"]) == loud
+
+
+@pytest.mark.parametrize("own", [ADAPTER, f"{BASE}:{ADAPTER}"])
+async def test_a_configured_name_means_that_adapter(
+    start_gateway: StartGateway, engine: RealEngine, patience: None, own: str
+) -> None:
+    gateway = await start_gateway(upstream(engine, {"support": own, "plain": BASE}))
+    assert text_of(await gateway.ask(ask(model="plain"))) == PARIS
+    assert text_of(await gateway.ask(ask(model="support"))) != PARIS
+
+
+def test_adapters_come_and_go_while_it_runs(engine: RealEngine, direct: httpx.Client, tmp_path: Path) -> None:
+    other = make_adapter(tmp_path / "other", 8, 2, dtype="BF16")
+
+    def told(call: Call) -> EngineError | None:
+        answer = direct.request(call.method, call.path, content=call.body, headers=JSON)
+        return SGLANG.read_adapter_answer(answer.status_code, answer.content)
+
+    def says(adapter: str) -> httpx.Response:
+        fields = {name: msgspec.Raw(json.dumps(value).encode()) for name, value in ask().items()}
+        sent = SGLANG.prepare(CHAT, fields, Dispatch(SGLANG.target(adapter, BASE), ask_usage=False))
+        return direct.post(CHAT, content=sent, headers=JSON)
+
+    load, unload = SGLANG.load_adapter("other@2", str(other)), SGLANG.unload_adapter("other@2")
+    assert told(load) is None
+    assert told(load) is None, "what is loaded already is as it should be"
+    listed = {model.name: model.base for model in SGLANG.read_models(direct.get("/v1/models").content)}
+    assert listed == {BASE: None, ADAPTER: BASE, "other@2": BASE}
+    said = says("other@2").json()["choices"][0]["message"]["content"]
+    assert said not in (PARIS, says(ADAPTER).json()["choices"][0]["message"]["content"])
+    assert told(unload) is None
+    assert told(unload) is None, "what is gone already is as it should be"
+    assert told(SGLANG.load_adapter("bad", str(tmp_path / "missing"))) is not None
+    never = says("bad")
+    assert SGLANG.read_error(never.status_code, never.content).message == "the adapter is not loaded"
+
+
+# --- caches, load, overload, leaving -----------------------------------------------------------------------------
+
+
+def test_a_salt_keeps_prefix_caches_apart(direct: httpx.Client) -> None:
+    prompt = "Once upon a time there was a gateway. " * 8
+
+    def cached(salt: str) -> int:
+        body = {"model": BASE, "prompt": prompt, "max_tokens": 1, "cache_salt": salt}
+        details = direct.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"]
+        return int((details or {}).get("cached_tokens") or 0)
+
+    assert cached("team a") == 0
+    assert cached("team a") > 30
+    assert cached("team b") == 0
+
+
+async def test_a_full_engine_is_busy_and_never_a_200(gateway: Gateway, engine: RealEngine, connect: Connect) -> None:
+    """Two run, two wait, the next is refused: SGLang tells that to a stream as an event of a 200."""
+    clients = [await connect(gateway.url, name=f"client {number}") for number in range(4)]
+    for number, client in enumerate(clients):
+        client.post(CHAT, ask(**ENDLESS, stream=bool(number % 2)), AUTH)
+    await busy(engine, running=2, waiting=2)
+    for stream in (False, True):
+        answer = await gateway.ask(ask(stream=stream))
+        assert (answer.status, error_of(answer)["code"]) == (503, "server_is_overloaded")
+        assert answer.header("retry-after") == "1"
+        assert error_of(answer)["message"] == "The request queue is full."
+    for client in clients:
+        await client.close()
+    await free(engine)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_frees_the_engine(
+    gateway: Gateway, engine: RealEngine, connect: Connect, stream: bool
+) -> None:
+    client = await connect(gateway.url)
+    client.post(CHAT, ask(**ENDLESS, stream=stream), AUTH)
+    await busy(engine, running=1, waiting=0)
+    await client.close()
+    await free(engine)
+    assert (await gateway.line())["outcome"] == "client_gone"
+    assert text_of(await gateway.ask(ask())) == PARIS
+
+
+# --- its processes -----------------------------------------------------------------------------------------------
+
+
+def test_its_key_is_in_no_command_line_and_guards_everything(engine: RealEngine) -> None:
+    assert engine.api_key is not None
+    leader = psutil.Process(engine.pid)
+    family = [leader, *leader.children(recursive=True)]
+    assert len(family) > 2
+    assert not any(engine.api_key in " ".join(process.cmdline()) for process in family)
+    with httpx.Client(base_url=engine.url) as stranger:
+        for method, path in (
+            ("POST", CHAT),
+            ("GET", "/v1/models"),
+            ("POST", "/load_lora_adapter"),
+            ("GET", "/server_info"),
+        ):
+            assert stranger.request(method, path, json={}).status_code == 401, path
+        assert stranger.get(SGLANG.ready_path).status_code == 200
