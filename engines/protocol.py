@@ -150,6 +150,10 @@ class Engine(Protocol):
     """Body fields that steer the engine and are refused from a client."""
     paths: Mapping[str, str]
     """The gateway's path → the engine's own; a path that is not here is not served by this engine."""
+    base_only_paths: frozenset[str]
+    """Paths on which the base model answers whichever adapter is named: a request for an adapter is not sent there."""
+    unsalted_paths: frozenset[str]
+    """Paths on which all share one prefix cache: a request of a trust domain is not sent there."""
     ready_path: str
     """Answers 200 when the engine can work, without making it work."""
     models_path: str

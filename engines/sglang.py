@@ -37,7 +37,7 @@ from engines.protocol import (
 _encode = msgspec.json.encode
 _decode_name = msgspec.json.Decoder(str).decode
 
-_LORA_FIELD = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+_LORA_FIELD = frozenset({"/v1/chat/completions", "/v1/completions"})
 _OPENAI_STREAMS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _SALTED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 _SHIM = Path(__file__).parent / "shims" / "sglang"
@@ -89,9 +89,12 @@ class Sglang:
         "/v1/completions": "/v1/completions",
         "/v1/responses": "/v1/responses",
         "/v1/messages": "/v1/messages",
-        "/v1/embeddings": "/v1/embeddings",
         "/tokenize": "/tokenize",
     }
+    # Its Responses API takes an adapter's name and answers from the base model; Anthropic's dialect has no field for a
+    # salt, and drops fields that it does not have.
+    base_only_paths = frozenset({"/v1/responses"})
+    unsalted_paths = frozenset({"/v1/messages"})
     # Not /health: that one generates a token, which takes seconds on a busy engine.
     ready_path = "/ready"
     models_path = "/v1/models"
@@ -308,7 +311,8 @@ def _adapters(spec: LaunchSpec) -> list[str]:
     slots = spec.adapters
     if slots is None:
         return []
-    words = ["--enable-lora", "--max-loras-per-batch", str(slots.active), "--max-lora-rank", str(slots.rank)]
+    # The base model takes a place among them.
+    words = ["--enable-lora", "--max-loras-per-batch", str(slots.active + 1), "--max-lora-rank", str(slots.rank)]
     words += ["--lora-target-modules", *slots.targets]
     if slots.at_start:
         words += ["--lora-paths", *(f"{name}={directory}" for name, directory in slots.at_start)]

@@ -69,6 +69,8 @@ class Vllm:
             "/tokenize",
         )
     }
+    base_only_paths: frozenset[str] = frozenset()
+    unsalted_paths: frozenset[str] = frozenset()
     ready_path = "/health"
     models_path = "/v1/models"
     metrics_path = "/metrics"

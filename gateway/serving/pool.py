@@ -58,6 +58,13 @@ class Endpoint:
         """Whether it can be given a request now."""
         return self.healthy and not self.connections.full
 
+    def offers(self, model: str, path: str, salted: bool) -> bool:
+        """Whether its engine serves a model on a path, and as the request needs it."""
+        engine = self.engine
+        if path not in engine.paths or (salted and path in engine.unsalted_paths):
+            return False
+        return self.models[model].adapter is None or path not in engine.base_only_paths
+
     def name_models(self, models: Iterable[tuple[str, Target]]) -> None:
         """Set what it serves."""
         self.models = dict(models)
@@ -95,7 +102,7 @@ class Pool:
         self.catalogue = catalogue
         self.endpoints: list[Endpoint] = []
         self._by_model: dict[str, tuple[Endpoint, ...]] = {}
-        self._able: dict[tuple[str, str], tuple[Endpoint, ...]] = {}
+        self._able: dict[tuple[str, str, bool], tuple[Endpoint, ...]] = {}
         self._turn = 0
 
     def configure(self, specs: Iterable[EndpointSpec], created: int) -> tuple[list[Endpoint], list[Endpoint]]:
@@ -123,17 +130,21 @@ class Pool:
         """Return every endpoint that serves a public model, healthy or not."""
         return self._by_model.get(model, ())
 
-    def choose(self, model: str, path: str, tried: Collection[Endpoint]) -> Endpoint | None:
+    def choose(self, model: str, path: str, tried: Collection[Endpoint], salted: bool = False) -> Endpoint | None:
         """Return the endpoint for the next attempt, None when none of those left can be given work."""
         self._turn += 1
-        return least_loaded(self.able(model, path), tried, self._turn)
+        return least_loaded(self.able(model, path, salted), tried, self._turn)
 
-    def able(self, model: str, path: str) -> tuple[Endpoint, ...]:
-        """Return every endpoint that serves a model on a path, healthy or not."""
-        able = self._able.get((model, path))
+    def able(self, model: str, path: str, salted: bool = False) -> tuple[Endpoint, ...]:
+        """Return every endpoint that serves a model on a path, healthy or not.
+
+        ``salted`` tells that the request's prefix cache is to be kept apart.
+        """
+        able = self._able.get((model, path, salted))
         if able is None:
-            able = tuple(e for e in self._by_model.get(model, ()) if path in e.engine.paths)
-            self._able[model, path] = able
+            serving = self._by_model.get(model, ())
+            able = tuple(endpoint for endpoint in serving if endpoint.offers(model, path, salted))
+            self._able[model, path, salted] = able
         return able
 
     @property

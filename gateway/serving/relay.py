@@ -190,7 +190,7 @@ class Relay:
     def _attempt(self, now: float, failure: Refusal | None) -> None:
         """Try the next endpoint; ``failure`` is what the last one brought and what the client gets if none is left."""
         order = self._order
-        endpoint = self._pool.choose(order.model, order.route.path, self._tried)
+        endpoint = self._pool.choose(order.model, order.route.path, self._tried, order.cache_salt is not None)
         if endpoint is None:
             self._fail(failure or self._no_engine(), now)
             return
@@ -229,7 +229,7 @@ class Relay:
     def _no_engine(self) -> Refusal:
         serving = self._pool.serving(self._order.model)
         path = self._order.route.path
-        able = self._pool.able(self._order.model, path)
+        able = self._pool.able(self._order.model, path, self._order.cache_salt is not None)
         if serving and not able:
             message = f"No engine that serves {self._order.model!r} offers {path}."
             return Refusal(Kind.UNSUPPORTED, message, "model")

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
-from gateway.settings import Upstream
-from tests.support.gateway import CHAT, MODEL, Gateway, StartGateway, chat, relayed
+from gateway.settings import KeySettings, Upstream
+from tests.support.gateway import CHAT, KEY, MODEL, Gateway, StartGateway, chat, relayed
 from tests.support.recordings import load
 from tests.support.script import Script, play
 from tests.support.upstream import ScriptedUpstream
@@ -77,6 +78,34 @@ async def test_a_name_that_it_does_not_list_reaches_it_never(
     assert relayed(upstream) == []
     assert (await gateway.ask(chat(model="here"))).status == 200
     assert gateway.lines("models_missing")[0]["models"] == ["other", MODEL]
+
+
+async def test_a_path_on_which_it_knows_no_adapters_is_not_tried_for_one(
+    start_gateway: StartGateway, upstream: ScriptedUpstream
+) -> None:
+    """Its Responses API takes the name and answers from the base model."""
+    gateway = await start_gateway(sglang(upstream))
+    answer = await gateway.ask({"model": "a", "input": "Hi"}, "/v1/responses")
+    assert (answer.status, error_code(answer)) == (400, "unsupported_operation")
+    assert answer.json()["error"]["message"] == "No engine that serves 'a' offers /v1/responses."
+    assert relayed(upstream) == []
+    upstream.always(play(load("sglang", "messages")), path="/v1/messages")
+    body = {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    assert (await gateway.ask(body, "/v1/messages")).status == 200
+    assert relayed(upstream)[-1].json()["model"] == "smollm2:a"
+
+
+async def test_a_path_on_which_it_knows_no_salt_is_not_tried_for_a_trust_domain(
+    start_gateway: StartGateway, upstream: ScriptedUpstream
+) -> None:
+    """What one team asked could be told from how soon another's answer comes."""
+    keys = (KeySettings(name="apart", key=SecretStr(KEY), trust_domain="team a"),)
+    gateway = await start_gateway(sglang(upstream), keys=keys)
+    body = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    answer = await gateway.ask(body, "/v1/messages")
+    assert (answer.status, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert relayed(upstream) == []
+    assert await asked_for(gateway, upstream, "smollm2") == {"model": "smollm2", "cache_salt": "team a"}
 
 
 async def test_before_it_has_said_what_it_serves_it_is_asked_nothing(

@@ -77,7 +77,7 @@ def test_adapters_and_what_they_may_change_are_known_at_the_start() -> None:
     slots = AdapterSlots(active=3, rank=24, targets=("q_proj", "v_proj"), at_start=(("a", "/a"), ("b", "/b")))
     command = SGLANG.command_line(spec(adapters=slots), PYTHON)
     assert "--enable-lora" in command
-    assert (flag(command, "--max-loras-per-batch"), flag(command, "--max-lora-rank")) == ("3", "24")
+    assert (flag(command, "--max-loras-per-batch"), flag(command, "--max-lora-rank")) == ("4", "24")
     at = command.index("--lora-target-modules")
     assert command[at : at + 6] == ["--lora-target-modules", "q_proj", "v_proj", "--lora-paths", "a=/a", "b=/b"]
     assert "--lora-paths" not in SGLANG.command_line(spec(adapters=AdapterSlots()), PYTHON)
