@@ -37,7 +37,7 @@ from engines.protocol import (
 _encode = msgspec.json.encode
 _decode_name = msgspec.json.Decoder(str).decode
 
-_LORA_FIELD = frozenset({"/v1/chat/completions", "/v1/completions"})
+_LORA_FIELD = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
 _OPENAI_STREAMS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _SALTED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 _SHIM = Path(__file__).parent / "shims" / "sglang"
@@ -89,6 +89,7 @@ class Sglang:
         "/v1/completions": "/v1/completions",
         "/v1/responses": "/v1/responses",
         "/v1/messages": "/v1/messages",
+        "/v1/embeddings": "/v1/embeddings",
         "/tokenize": "/tokenize",
     }
     # Its Responses API takes an adapter's name and answers from the base model; Anthropic's dialect has no field for a
@@ -252,6 +253,7 @@ _GAUGES = {
 }
 _ADAPTER_AS_WANTED = re.compile(r"already loaded|does not exist\. Loaded LoRAs")
 _UNKNOWN_ADAPTER = re.compile(r"LoRA adapter that has never been loaded")
+_OTHER_KIND = re.compile(r"does not appear to be an embedding model")
 _REFUSED = re.compile(r"\{'type': '\w+', 'loc': \('body', ?(?P<loc>[^()]*)\), 'msg': (?P<msg>'[^']*'|\"[^\"]*\")")
 _LOC = re.compile(r"'([^']*)'|(\d+)")
 _MOST_REFUSED = 5
@@ -265,6 +267,8 @@ def _told(error: EngineError) -> EngineError:
         return EngineError(Fault.UNKNOWN_MODEL, "the adapter is not loaded")
     if error.fault is not Fault.REQUEST:
         return error
+    if _OTHER_KIND.search(error.message):
+        return EngineError(Fault.UNSUPPORTED, error.message)
     if refused := _refused(error.message):
         field = refused[0][0].partition(".")[0]
         told = "; ".join(f"{where}: {what}" for where, what in refused)
