@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,19 @@ from engines.devices import Device, Quantization
 from engines.launch import AdapterSlots, LaunchSpec, Parallel
 from engines.minder import Address
 from engines.sglang import Sglang
+from tests.support.real_engine import prepared
 
 PYTHON = Path("/env/bin/python")
+PARSE = """
+import argparse, json, sys
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser(exit_on_error=False)
+ServerArgs.add_cli_args(parser)
+read = [vars(parser.parse_args(line)) for line in json.load(sys.stdin)]
+print(json.dumps(read, default=repr))
+"""
 SGLANG = Sglang()
+ON_ASCEND = (Quantization.MODELSLIM,)
 
 
 def spec(device: Device = Device.CPU, **changes: Any) -> LaunchSpec:
@@ -145,3 +159,45 @@ def test_what_it_cannot_do_is_said_before_it_is_started(asked: LaunchSpec, told:
 def test_nothing_stands_in_the_way_of_what_it_can_do() -> None:
     for device in Device:
         assert list(SGLANG.obstacles(spec(device, adapters=AdapterSlots()))) == []
+
+
+@pytest.mark.all_engines
+def test_sglang_s_own_parser_takes_every_command_line() -> None:
+    """Each device, each way to store weights, each way to spread them: SGLang refuses flags and values that it does not
+    know, and what it read is what was meant."""
+    environment, _ = prepared("sglang")
+    sizes = [Parallel(), Parallel(tensor=2), Parallel(pipeline=2), Parallel(data=2), Parallel(4, 2, 2)]
+    slots = AdapterSlots(active=3, at_start=(("a@1", "/a"),))
+    plain: dict[str, Any] = {"adapters": slots, "memory_share": 0.8, "max_running": 8, "max_queued": 16}
+    specs = [
+        spec(device, quantization=quantization, parallel=parallel, allowed_media_domains=("a.example",), **plain)
+        for device, quantization, parallel in itertools.product(Device, [None, *Quantization], sizes)
+    ]
+    able = [spec(), *(one for one in specs if not list(SGLANG.obstacles(one)))]
+    assert len(able) == 1 + 1 + 6 * len(sizes) + (1 + len(ON_ASCEND)) * len(sizes)
+    lines = [SGLANG.command_line(one, environment.python)[3:] for one in able]
+    result = subprocess.run(
+        [str(environment.python), "-c", PARSE],
+        input=json.dumps(lines),
+        env={**os.environ, **SGLANG.environment(spec())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    read = json.loads(result.stdout.splitlines()[-1])
+    assert (read[0]["model_path"], read[0]["served_model_name"]) == ("/models/m", "m")
+    assert (read[0]["host"], read[0]["port"], read[0]["allowed_media_domains"]) == ("127.0.0.1", 8001, ["none.invalid"])
+    assert (read[0]["device"], read[0]["context_length"], read[0]["dtype"]) == ("cpu", 2048, "bfloat16")
+    for asked, found in zip(able[1:], read[1:], strict=True):
+        assert found["device"] == {Device.ASCEND: "npu"}.get(asked.device, asked.device)
+        assert (found["tp_size"], found["pp_size"], found["dp_size"]) == (
+            asked.parallel.tensor,
+            asked.parallel.pipeline,
+            asked.parallel.data,
+        )
+        assert (found["quantization"] is None) is (asked.quantization is None)
+        assert (found["max_running_requests"], found["max_queued_requests"]) == (8, 16)
+        assert (found["mem_fraction_static"], found["allowed_media_domains"]) == (0.8, ["a.example"])
+        assert (found["enable_lora"], found["max_loras_per_batch"], found["max_lora_rank"]) == (True, 4, 16)
+        assert len(found["lora_target_modules"]) == len(slots.targets)
