@@ -46,6 +46,7 @@ from engines.steps import (
 _LOCKS = Path(__file__).parent / "locks"
 _STAMP = "forebay.json"
 _GB = 1_000_000_000
+_EVERY_PYTHON = ((3, 11), (3, 15))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Recipe:
     needs_compiler: bool = False
     elsewhere: str | None = None
     """Why it cannot be installed here at all, where the engine's makers publish no packages for the device."""
-    pythons: tuple[tuple[int, int], tuple[int, int]] = ((3, 11), (3, 15))
+    pythons: tuple[tuple[int, int], tuple[int, int]] = _EVERY_PYTHON
 
     @property
     def digest(self) -> str:
@@ -78,7 +79,13 @@ class Recipe:
         return hashlib.sha256(json.dumps([contents, attempts, self.known_as]).encode()).hexdigest()
 
 
-def _locked(name: str, *, needed_bytes: int, known_as: tuple[str, str] | None = None) -> Recipe:
+def _locked(
+    name: str,
+    *,
+    needed_bytes: int,
+    known_as: tuple[str, str] | None = None,
+    pythons: tuple[tuple[int, int], tuple[int, int]] = _EVERY_PYTHON,
+) -> Recipe:
     """Return a recipe that was run here: everything it installs is pinned in ``locks/NAME.txt``."""
     lock = _LOCKS / f"{name}.txt"
     # --no-deps: the lock is complete, and leaves out what the engine does not need (locks/NAME.excluded).
@@ -90,6 +97,7 @@ def _locked(name: str, *, needed_bytes: int, known_as: tuple[str, str] | None = 
         shown="run",
         lock=lock,
         known_as=known_as,
+        pythons=pythons,
     )
 
 
@@ -112,7 +120,7 @@ RECIPES: Mapping[tuple[str, Device], Recipe] = {
         shown="read",
         pythons=((3, 11), (3, 13)),
     ),
-    ("sglang", Device.CPU): _locked("sglang-cpu", needed_bytes=5 * _GB),
+    ("sglang", Device.CPU): _locked("sglang-cpu", needed_bytes=3 * _GB, pythons=((3, 11), (3, 14))),
     ("sglang", Device.CUDA): Recipe(
         name="sglang-cuda",
         attempts=(("sglang==0.5.23", "--torch-backend", "auto"),),
@@ -120,6 +128,7 @@ RECIPES: Mapping[tuple[str, Device], Recipe] = {
         shown="read",
         # Kernels are compiled when the engine starts.
         needs_compiler=True,
+        pythons=((3, 11), (3, 14)),
     ),
     ("sglang", Device.ASCEND): Recipe(
         name="sglang-ascend",

@@ -255,7 +255,7 @@ def test_what_is_in_no_package_index_is_said_before_anything_is_tried(fake_uv: F
         (
             "sglang",
             {"sglang", "torch", "torchvision", "gguf", "accelerate"},
-            {"sglang-kernel", "triton", "flashinfer-python", "cuda-python", "torchaudio", "torchcodec"},
+            {"sglang-kernel", "flashinfer-python", "cuda-python", "torchaudio", "torchcodec"},
         ),
     ],
 )
