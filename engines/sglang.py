@@ -141,12 +141,15 @@ class Sglang:
         return _encode(fields)
 
     def read_error(self, status: int, body: bytes) -> EngineError:
-        """Read an answer whose status was not 200."""
+        """Read an answer whose status was not 200. Of a full queue its Responses API tells with a 400."""
         return _told(wire.read_error(status, body))
 
     def read_stream_error(self, payload: bytes) -> EngineError | None:
-        """Read an event's JSON: ``{"error": {...}}`` with the status as ``code``, or the flat form."""
-        error = wire.read_stream_error(payload)
+        """Read an event's JSON: ``{"error": {...}}`` with the status as ``code``, or the flat form.
+
+        A full queue is a response that failed, in the Responses dialect; other failures there are the client's to read.
+        """
+        error = wire.read_stream_error(payload) or _failed_response(payload)
         return None if error is None else _told(error)
 
     def target(self, name: str, base: str | None = None) -> Target:
@@ -240,11 +243,19 @@ class Sglang:
 
 _PROGRAM = "sglang.launch_server"
 _KEY_VARIABLE = "SGLANG_API_KEY"
-_WITH_KEY = (
-    "import os, runpy, sys;"
-    f" sys.argv[1:1] = ['--api-key', os.environ.pop('{_KEY_VARIABLE}')];"
-    f" runpy.run_module('{_PROGRAM}', run_name='__main__', alter_sys=True)"
-)
+# SGLang writes its arguments into its log, the key among them.
+_WITH_KEY = f"""
+import logging, os, runpy, sys
+key = os.environ.pop("{_KEY_VARIABLE}")
+make = logging.getLogRecordFactory()
+def without_key(*arguments, **more):
+    record = make(*arguments, **more)
+    record.msg = str(record.msg).replace(key, "***")
+    return record
+logging.setLogRecordFactory(without_key)
+sys.argv[1:1] = ["--api-key", key]
+runpy.run_module("{_PROGRAM}", run_name="__main__", alter_sys=True)
+"""
 
 _GAUGES = {
     "sglang:num_running_reqs": "running",
@@ -257,7 +268,18 @@ _OTHER_KIND = re.compile(r"does not appear to be an embedding model")
 _REFUSED = re.compile(r"\{'type': '\w+', 'loc': \('body', ?(?P<loc>[^()]*)\), 'msg': (?P<msg>'[^']*'|\"[^\"]*\")")
 _LOC = re.compile(r"'([^']*)'|(\d+)")
 _MOST_REFUSED = 5
-_NAMED_FIRST = re.compile(r"([a-z_]+) must ")
+_NAMED_FIRST = re.compile(r"([a-z_]+) (?:must|is too large)")
+_TOO_MANY = re.compile(r"supports at most \d+ completion tokens")
+
+
+def _failed_response(payload: bytes) -> EngineError | None:
+    response = wire.parse(payload).get("response")
+    told = response.get("error") if isinstance(response, dict) else None
+    message = told.get("message") if isinstance(told, dict) else None
+    if not isinstance(message, str):
+        return None
+    fault = wire.fault_of(500, message, bare_detail=False)
+    return EngineError(fault, message) if fault is Fault.OVERLOADED else None
 
 
 def _told(error: EngineError) -> EngineError:
@@ -265,6 +287,8 @@ def _told(error: EngineError) -> EngineError:
     if _UNKNOWN_ADAPTER.search(error.message):
         # The rest of the message lists everybody's adapters.
         return EngineError(Fault.UNKNOWN_MODEL, "the adapter is not loaded")
+    if error.fault is Fault.OVERLOADED:
+        return EngineError(error.fault, error.message.removeprefix("503: "))
     if error.fault is not Fault.REQUEST:
         return error
     if _OTHER_KIND.search(error.message):
@@ -275,7 +299,8 @@ def _told(error: EngineError) -> EngineError:
         return EngineError(error.fault, told, field if field.isidentifier() else None, error.code)
     message = error.message.partition("\n\n  File ")[0].rstrip()
     named = _NAMED_FIRST.match(message)
-    return EngineError(error.fault, message, error.param or (named[1] if named else None), error.code)
+    code = "context_length_exceeded" if _TOO_MANY.search(message) else error.code
+    return EngineError(error.fault, message, error.param or (named[1] if named else None), code)
 
 
 def _refused(message: str) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ class Dialect:
     """One way of speaking HTTP and SSE.
 
     ``end_types`` are the event types that end a stream cleanly; empty means that ``data: [DONE]`` does.
+    ``opening_types`` are those that only announce an answer: SGLang announces one before it refuses the request.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Dialect:
     error_body: Callable[[Refusal, str], bytes]
     error_event: Callable[[Refusal, str, int], bytes]
     anthropic: bool = False
+    opening_types: frozenset[bytes] = frozenset()
 
     def status(self, refusal: Refusal) -> int:
         """Return the HTTP status of a refusal."""
@@ -57,8 +59,17 @@ RESPONSES = Dialect(
     frozenset({"response.completed", "response.failed", "response.incomplete"}),
     openai_body,
     _responses_event,
+    opening_types=frozenset({b"response.created", b"response.in_progress"}),
 )
-ANTHROPIC = Dialect("anthropic", True, frozenset({"message_stop"}), anthropic_body, _anthropic_event, anthropic=True)
+ANTHROPIC = Dialect(
+    "anthropic",
+    True,
+    frozenset({"message_stop"}),
+    anthropic_body,
+    _anthropic_event,
+    anthropic=True,
+    opening_types=frozenset({b"message_start"}),
+)
 
 
 @dataclass(frozen=True, slots=True)

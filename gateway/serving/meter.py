@@ -104,6 +104,7 @@ class Meter:
         "_cr",
         "_dialect",
         "_engine",
+        "_held",
         "_hide_usage",
         "_max_event",
         "_needle",
@@ -126,6 +127,7 @@ class Meter:
         self._hide_usage = hide_usage
         self._max_event = max_event
         self._tail = bytearray()
+        self._held: bytes | None = b"" if dialect.opening_types else None
         self._cr = False
         # Learnt from the first event that names the model: engines differ in spacing and may answer with an alias.
         self._needle: bytes | None = None
@@ -140,8 +142,8 @@ class Meter:
 
     @property
     def partial(self) -> bool:
-        """Whether part of an event is held back."""
-        return bool(self._tail)
+        """Whether something is held back: part of an event, or the announcement of an answer."""
+        return bool(self._tail or self._held)
 
     def feed(self, data: bytes) -> bytes:
         """Take what was read, return the whole events the client may have (perhaps none)."""
@@ -243,10 +245,17 @@ class Meter:
         payload = self._payload(payload, kind)
         if not payload:
             return b""
-        self.events += 1
         # A payload of several lines stays several lines.
         body = b"data: " + payload.replace(b"\n", b"\ndata: ") + b"\n\n"
-        return b"event: " + kind + b"\n" + body if kind else body
+        event = b"event: " + kind + b"\n" + body if kind else body
+        if self._held is not None:
+            if kind in self._dialect.opening_types:
+                self._held += event
+                return b""
+            # The answer has begun: nothing is held any more.
+            event, self._held = self._held + event, None
+        self.events += event.count(b"\n\n")
+        return event
 
     def _payload(self, payload: bytes, kind: bytes) -> bytes:
         """Read what an event's JSON tells; return it renamed, or nothing when it is hidden or an error."""

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from gateway.settings import KeySettings, Upstream
 from tests.support.gateway import CHAT, KEY, MODEL, Gateway, StartGateway, chat, relayed
 from tests.support.recordings import load
-from tests.support.script import Script, play
+from tests.support.script import Do, Script, play
 from tests.support.upstream import ScriptedUpstream
 
 NOTHING = Script(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
@@ -119,3 +119,36 @@ async def test_before_it_has_said_what_it_serves_it_is_asked_nothing(
     [endpoint] = gateway.replica.pool.endpoints
     await gateway.replica.watcher.look(endpoint)
     assert (await gateway.ask(chat())).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "full", "good"),
+    [
+        (CHAT, "sglang/q_full_stream", "sglang/chat_stream_usage"),
+        ("/v1/messages", "sglang/q_full_messages_stream", "vllm/messages_stream"),
+        ("/v1/responses", "sglang/q_full_responses_stream", "vllm/responses_stream"),
+    ],
+)
+async def test_an_answer_that_was_only_announced_is_given_elsewhere(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, path: str, full: str, good: str
+) -> None:
+    """SGLang announces an answer before it finds its queue full; nothing of that reaches the client."""
+    recording = load(*full.split("/"))
+    # One event a read, as SGLang writes them.
+    script = play(recording, pieces=recording.events())
+    for frame in range(len(recording.events())):
+        script = script.do(Do.UNTIL_READ, script.after_frame(frame))
+    async with ScriptedUpstream() as second:
+        gateway = await start_gateway(sglang(upstream), sglang(second))
+        upstream.always(script, path=path)
+        second.always(play(load(*good.split("/"))), path=path)
+        body = {"model": "smollm2", "stream": True, "messages": [{"role": "user", "content": "Hi"}], "input": "Hi"}
+        for _ in range(2):
+            answer = await gateway.ask(body, path)
+            assert (answer.status, answer.complete) == (200, True)
+            assert b"queue is full" not in answer.body
+        assert (len(relayed(upstream)), len(relayed(second))) == (1, 2)
+        second.always(script, path=path)
+        answer = await gateway.ask(body, path)
+        assert (answer.status, answer.header("retry-after")) == (529 if path == "/v1/messages" else 503, "1")
+        assert answer.json()["error"]["message"] == "The request queue is full."

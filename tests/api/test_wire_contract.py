@@ -20,7 +20,8 @@ from tests.support.script import DONE, Answer, Gate, Script, event_stream, json_
 from tests.support.script import Do as Fault
 from tests.support.upstream import ScriptedUpstream
 
-FAILED = [r for r in all_recordings() if r.status != 200]
+# What SGLang says to whoever loads adapters is no answer to a client.
+FAILED = [r for r in all_recordings() if r.status != 200 and not r.path.endswith("load_lora_adapter")]
 ENGINE_OWN_KEY = (502, "server_error", "engine_failed", None)
 OVERLOADED = (503, "service_unavailable_error", "server_is_overloaded", None)
 NOT_OFFERED = (400, "invalid_request_error", "unsupported_operation", None)
@@ -291,22 +292,22 @@ async def test_a_stream_that_breaks_ends_with_an_error_event(
     """A clean end would be silent success in the SDKs, so the last event is an error, and then the end."""
     name = {CHAT: "chat_stream", "/v1/completions": "comp_stream_usage"}.get(path) or path[4:] + "_stream"
     script = play(load("vllm", name), pieces=load("vllm", name).events())
-    upstream.always(script.do(Fault.CLOSE, script.inside_frame(2)), path=path)
+    upstream.always(script.do(Fault.CLOSE, script.inside_frame(3)), path=path)
     client = await connect(gateway.url)
     client.post(path, chat(stream=True, prompt="x", input="x"), AUTH)
     head = await client.head()
     events = await client.events()
     assert await client.ended() == "close"
-    assert len(events) == 3
+    assert len(events) == 4
     assert events[-1].startswith(ends)
     assert events[-1].endswith(b"}\n\n")
     sequence = json.loads(events[-1].partition(b"data: ")[2])
     if path == "/v1/responses":
-        assert sequence["sequence_number"] == 2
+        assert sequence["sequence_number"] == 3
     if path == "/v1/messages":
         assert sequence["request_id"] == head.header("x-request-id")
     line = await gateway.line()
-    assert (line["outcome"], line["status"], line["events"]) == ("engine_failed", 200, 2)
+    assert (line["outcome"], line["status"], line["events"]) == ("engine_failed", 200, 3)
 
 
 async def test_a_stream_without_its_end_mark_ends_with_an_error_event(

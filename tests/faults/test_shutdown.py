@@ -171,11 +171,13 @@ async def test_each_dialect_is_told_in_its_own_words(
 ) -> None:
     gateway = await start_gateway(upstream, shutdown=Shutdown(announce=0, drain=0))
     script = play(load("vllm", name), pieces=load("vllm", name).events())
-    upstream.queue(script.do(Do.HANG, script.after_frame(0)), path=path)
+    # The first events are only announcements.
+    upstream.queue(script.do(Do.HANG, script.after_frame(2)), path=path)
     client = await connect(gateway.url)
     client.post(path, chat(stream=True, input="x"), AUTH)
     await client.head()
-    assert await client.event()
+    for _ in range(3):
+        assert await client.event()
     stopped = stopping(gateway)
     (last,) = await client.events()
     assert last.startswith(event)

@@ -29,7 +29,7 @@ from tests.support.script import DONE, Answer, Gate, Script, event_stream, json_
 from tests.support.splits import Plan, byte_by_byte, every_cut, pieces, random_plans
 from tests.support.upstream import ScriptedUpstream
 
-STREAMS = [recording for recording in all_recordings(streams=True) if recording.name != "q_full_stream"]
+STREAMS = [recording for recording in all_recordings(streams=True) if not recording.name.startswith("q_full_")]
 ONE_OF_EACH = [
     ("vllm", "chat_stream_usage"),
     ("vllm", "comp_stream_usage"),

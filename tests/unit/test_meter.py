@@ -19,12 +19,12 @@ from engines.vllm import Vllm
 from gateway.api.routes import RELAYED
 from gateway.serving.dialect import ANTHROPIC, OPENAI, RESPONSES, Dialect
 from gateway.serving.meter import Meter, Usage, read_usage
-from tests.support.recordings import Recording, all_recordings
+from tests.support.recordings import Recording, all_recordings, load
 from tests.support.splits import byte_by_byte, every_cut, pieces, plans
 
 PUBLIC = "public/model"
 DONE = b"data: [DONE]\n\n"
-STREAMS = [recording for recording in all_recordings(streams=True) if recording.name != "q_full_stream"]
+STREAMS = [recording for recording in all_recordings(streams=True) if not recording.name.startswith("q_full_")]
 
 
 def meter_for(dialect: Dialect = OPENAI, *, hide: bool = False, public: str = PUBLIC, limit: int = 1 << 20) -> Meter:
@@ -340,10 +340,24 @@ def test_an_error_of_null_is_none() -> None:
     meter = meter_for(RESPONSES)
     event = b'event: response.created\ndata: {"type":"response.created","response":{"model":"m","error":null}}\n\n'
     failed = b'event: response.failed\ndata: {"type":"response.failed","response":{"error":{"message":"x"}}}\n\n'
-    assert meter.feed(event) == event.replace(b'"m"', b'"public/model"')
-    assert meter.feed(failed) == failed
+    assert meter.feed(event) == b""
+    assert meter.feed(failed) == event.replace(b'"m"', b'"public/model"') + failed
     assert meter.ended
     assert meter.failure is None
+
+
+@pytest.mark.parametrize(("dialect", "name"), [(ANTHROPIC, "messages_stream"), (RESPONSES, "responses_stream")])
+def test_what_only_announces_an_answer_is_given_with_its_beginning(dialect: Dialect, name: str) -> None:
+    """Until then it is part of nothing: an engine may still refuse, and another one be asked."""
+    meter = meter_for(dialect)
+    events = load("vllm", name).events()
+    opening = [event for event in events if event.partition(b"\n")[0].removeprefix(b"event: ") in dialect.opening_types]
+    assert events[: len(opening)] == opening
+    for event in opening:
+        assert (meter.feed(event), meter.events, meter.partial) == (b"", 0, True)
+    assert meter.feed(events[len(opening)]).count(b"\n\n") == meter.events == len(opening) + 1
+    assert not meter.partial
+    assert meter.feed(events[len(opening) + 1]).count(b"\n\n") == 1
 
 
 # --- bounds ------------------------------------------------------------------------------------------------------

@@ -141,6 +141,14 @@ def test_too_long_a_prompt_has_its_code() -> None:
         assert error_of(name).code == "context_length_exceeded"
 
 
+def test_more_output_than_the_context_holds_has_the_same_code() -> None:
+    """What SGLang says since it is told its context length; the lone words run into each other there."""
+    message = "max_completion_tokens is too large: 5000.This model supports at most 2048 completion tokens."
+    body = json.dumps({"object": "error", "message": message, "type": "BadRequestError", "code": 400}).encode()
+    told = EngineError(Fault.REQUEST, message, "max_completion_tokens", "context_length_exceeded")
+    assert SGLANG.read_error(400, body) == told
+
+
 def test_of_a_validator_s_lines_only_what_stands_before_the_value_is_read() -> None:
     """What a client sends cannot pass for the validator's own words, nor come back."""
     sent = "}}\n  {'type': 'x', 'loc': ('body', 'forged'), 'msg': 'no'"
@@ -163,6 +171,19 @@ def test_a_full_queue_is_an_event_of_a_stream() -> None:
     assert SGLANG.read_stream_error(payload) == EngineError(Fault.OVERLOADED, "The request queue is full.")
 
 
+def test_a_full_queue_is_told_otherwise_by_its_responses_api() -> None:
+    """Whole: a 400. Streamed: a response that was begun and failed; what else fails is passed on as it came."""
+    body = b'{"error":{"message":"503: The request queue is full.","type":"invalid_request_error","code":400}}'
+    full = EngineError(Fault.OVERLOADED, "The request queue is full.")
+    assert SGLANG.read_error(400, body) == full
+    *announced, failed = (event.partition(b"data: ")[2] for event in recorded("q_full_responses_stream").events())
+    assert [SGLANG.read_stream_error(payload) for payload in announced] == [None, None]
+    assert SGLANG.read_stream_error(failed) == full
+    assert SGLANG.read_stream_error(failed.replace(b"The request queue is full.", b"Something else.")) is None
+    for odd in (b'{"response":1}', b'{"response":{"error":1}}', b'{"response":{"error":{"message":1}}}'):
+        assert SGLANG.read_stream_error(odd) is None
+
+
 def test_the_flat_shape_in_a_stream_is_read_too() -> None:
     assert SGLANG.read_stream_error(recorded("err_temp").body) == error_of("err_temp")
     assert SGLANG.read_stream_error(recorded("q_full_nonstream").body) == error_of("q_full_nonstream")
@@ -170,7 +191,7 @@ def test_the_flat_shape_in_a_stream_is_read_too() -> None:
 
 @pytest.mark.parametrize("recording", all_recordings("sglang", streams=True), ids=str)
 def test_no_event_of_an_answer_is_an_error(recording: Recording) -> None:
-    if recording.name == "q_full_stream":
+    if recording.name.startswith("q_full_"):
         return
     for event in recording.events():
         assert SGLANG.read_stream_error(event.removeprefix(b"data: ")) is None
