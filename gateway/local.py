@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import os
 import secrets
@@ -31,6 +32,7 @@ from engines.environments import EngineEnvironment, ensure_environment, recipe_f
 from engines.launch import Launchable, LaunchSpec, process_environment
 from engines.minder import Address, Minder
 from engines.models import ModelFiles, prepare_model
+from engines.protocol import Capability
 from engines.registry import ENGINES
 from engines.steps import Step
 from gateway.greeting import Display, Greeting, base_url
@@ -196,26 +198,23 @@ class PreparedEngine:
 
     def spec(self, settings: Settings, address: Address, api_key: str | None) -> LaunchSpec:
         """How to start it."""
-        wanted = self.settings
-        return LaunchSpec(
-            name=wanted.name,
-            kind=wanted.kind,
-            device=Device(wanted.device),
+        asked = self.settings.asked()
+        return dataclasses.replace(
+            asked,
             model=self.model.path,
-            served_name=wanted.served_name or self.model.served_name,
-            address=address,
             model_is_local=self.model.is_local,
+            served_name=self.settings.served_name or self.model.served_name,
+            address=address,
             api_key=api_key,
-            max_model_len=wanted.max_model_len,
             allowed_media_domains=settings.media.hosts if settings.media.remote == "engine" else (),
-            extra_args=wanted.args,
-            extra_environment=wanted.environment,
         )
 
     def private_spec(self, settings: Settings, directory: Path) -> LaunchSpec:
         """How to start it for the gateway alone: on a Unix socket in `directory`, or on its port with a key."""
         if self.settings.port:
             return self.spec(settings, Address(port=self.settings.port), secrets.token_hex(32))
+        if Capability.UNIX_SOCKET not in ENGINES[self.settings.kind].capabilities:
+            return self.spec(settings, Address(port=_bind("127.0.0.1", 0)), secrets.token_hex(32))
         # Short, and another one for each gateway that shares the data directory: a port is one gateway's alone.
         name = f"{settings.listen.port}-{settings.engines.index(self.settings)}.sock"
         return self.spec(settings, Address(unix=directory / name), None)

@@ -30,6 +30,10 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from engines.devices import Device, Quantization
+from engines.launch import AdapterSlots, LaunchSpec, Parallel
+from engines.minder import Address
+from engines.registry import ENGINES
 from gateway.values import (
     KIB,
     MIB,
@@ -203,6 +207,24 @@ class Upstream(Section):
         return read_secret(f"upstream {self.name or self.url!r}", self.api_key, self.api_key_file, self.api_key_env)
 
 
+class LocalAdapters(Section):
+    """Room for LoRA adapters in an engine, and those it has from its start."""
+
+    active: Count = 4
+    """Adapters that may be used in one batch."""
+    rank: Count = 16
+    """Highest rank of an adapter."""
+    targets: tuple[str, ...] = AdapterSlots().targets
+    """Modules an adapter may change, for engines that must know."""
+    at_start: dict[Name, UserPath] = {}
+    """Public name → directory of an adapter."""
+
+    def slots(self) -> AdapterSlots:
+        """The same for an engine."""
+        at_start = tuple((name, str(path.absolute())) for name, path in self.at_start.items())
+        return AdapterSlots(self.active, self.rank, self.targets, at_start)
+
+
 class LocalEngine(Section):
     """An engine that `forebay serve` installs, starts and minds on this machine."""
 
@@ -220,10 +242,56 @@ class LocalEngine(Section):
     """Loopback port of the engine; a Unix socket that only this user can reach when left out."""
     max_model_len: Count | None = None
     """Longest context in tokens; the engine's choice when left out."""
+    devices: tuple[str, ...] = ()
+    """Which of the machine's devices it may use, by number; all when left out."""
+    tensor_parallel: Count = 1
+    """Devices that share each layer."""
+    pipeline_parallel: Count = 1
+    """Devices that share the layers among them."""
+    data_parallel: Count = 1
+    """Copies of the model within one engine."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Part of a device's memory it may take; the engine's choice when left out."""
+    quantization: Quantization | None = None
+    """How the weights are stored; what the model's files say when left out."""
+    max_running: Count | None = None
+    """Requests it works on at once; the engine's choice when left out."""
+    max_queued: Count | None = None
+    """Requests that may wait in it; more are offered to another engine. Unbounded when left out."""
+    adapters: LocalAdapters | None = None
+    """Room for LoRA adapters; none when left out."""
     args: tuple[str, ...] = ()
     """More arguments for the engine's own command line."""
     environment: dict[str, str] = Field(default={}, repr=False)
     """More environment variables for the engine."""
+
+    def asked(self) -> LaunchSpec:
+        """What is asked of the engine, before it is known where its model lies and where it will listen."""
+        return LaunchSpec(
+            name=self.name,
+            kind=self.kind,
+            device=Device(self.device),
+            model=self.model,
+            served_name=self.served_name or self.model,
+            address=Address(),
+            max_model_len=self.max_model_len,
+            quantization=self.quantization,
+            parallel=Parallel(self.tensor_parallel, self.pipeline_parallel, self.data_parallel),
+            memory_share=self.memory_share,
+            max_running=self.max_running,
+            max_queued=self.max_queued,
+            adapters=self.adapters.slots() if self.adapters is not None else None,
+            visible_devices=self.devices,
+            extra_args=self.args,
+            extra_environment=self.environment,
+        )
+
+    @model_validator(mode="after")
+    def _possible(self) -> LocalEngine:
+        obstacles = "; ".join(ENGINES[self.kind].obstacles(self.asked()))
+        if obstacles:
+            raise ValueError(obstacles)
+        return self
 
 
 class Timeouts(Section):
