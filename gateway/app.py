@@ -31,8 +31,9 @@ from gateway.keyring import Keyring
 from gateway.listener import Listener, ListenError, bind, bind_unix
 from gateway.log import Log
 from gateway.metrics import Metrics
+from gateway.policy.breaker import BreakerRules
 from gateway.serving.deadlines import Deadlines
-from gateway.serving.pool import EndpointSpec, Pool
+from gateway.serving.pool import EndpointSpec, HealthRules, Pool
 from gateway.serving.relay import RelayLimits
 from gateway.serving.upstream import Address, parse_address
 from gateway.serving.watch import Watcher
@@ -62,7 +63,7 @@ class Replica:
         self.log = _open_log(settings)
         self.metrics = Metrics(settings.metrics.max_label_values)
         self.deadlines = Deadlines(clock)
-        self.pool = Pool(Catalogue())
+        self.pool = Pool(Catalogue(), health_rules(settings))
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="forebay")
         self.authenticator = Authenticator({})
         self.keyring = Keyring(settings, self.authenticator, self.log, clock)
@@ -76,7 +77,7 @@ class Replica:
             edge_rules(settings),
         )
         looks = settings.discovery
-        self.watcher = Watcher(self.pool, self.metrics, self.log, looks.interval, looks.down_interval)
+        self.watcher = Watcher(self.pool, self.metrics, self.log, clock, looks.interval, looks.down_interval)
         self.listeners: list[Listener] = []
         self._protocols: list[type[ForebayProtocol]] = []
         self._stamp = self._file_stamp()
@@ -209,6 +210,7 @@ class Replica:
             protocol.rules = rules
         self.settings = settings
         self.edge.rules = edge_rules(settings)
+        self.pool.judge_by(health_rules(settings))
         self.watcher.interval = settings.discovery.interval
         self.watcher.down_interval = settings.discovery.down_interval
         self.log.configure(settings.log.format, settings.log.level)
@@ -306,6 +308,13 @@ def connection_rules(settings: Settings, keep_alive: float) -> ConnectionRules:
         header_count=settings.limits.header_count,
         connections=settings.limits.connections,
     )
+
+
+def health_rules(settings: Settings) -> HealthRules:
+    """Return how endpoints are judged."""
+    health = settings.health
+    breaker = BreakerRules(health.failures, health.eject, max(health.eject, health.eject_at_most))
+    return HealthRules(breaker, health.ramp)
 
 
 def edge_rules(settings: Settings) -> EdgeRules:

@@ -401,6 +401,19 @@ class Discovery(Section):
     """Between two looks at one that is down."""
 
 
+class Health(Section):
+    """When an engine that answers badly is left out, and how one that comes back is let in."""
+
+    failures: Annotated[int, Field(ge=0)] = 5
+    """Requests failed in a row after which it is left out for a while; 0: never."""
+    eject: PositiveDuration = 2.0
+    """How long at first; twice as long each time after that."""
+    eject_at_most: PositiveDuration = 30.0
+    """How long at most."""
+    ramp: Duration = 10.0
+    """How long an engine that has just come up gets less than its share."""
+
+
 def _default_data_dir() -> Path:
     home = os.environ.get("FOREBAY_HOME")
     return Path(home).expanduser() if home else Path.home() / ".local" / "share" / "forebay"
@@ -453,6 +466,8 @@ class Settings(BaseSettings):
     """Engines' environments, models and the SQLite file; $FOREBAY_HOME or ~/.local/share/forebay when left out."""
     discovery: Discovery = Discovery()
     """How the engines behind the gateway are watched."""
+    health: Health = Health()
+    """When an engine that answers badly is left out."""
 
     @classmethod
     def settings_customise_sources(
