@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from adapters.catalogue import Catalogue
+from engines.discovery import Found
 from engines.registry import ENGINES
 from gateway.api.asgi import AsgiFace
 from gateway.api.auth import Authenticator
@@ -27,6 +28,7 @@ from gateway.api.media import MediaRules
 from gateway.api.protocol import SUPPORTED, ConnectionRules, ForebayProtocol, bound
 from gateway.api.rest import WithRequestId, admin_app, public_app
 from gateway.api.routes import RELAYED
+from gateway.finder import Finder
 from gateway.keyring import Keyring
 from gateway.listener import Listener, ListenError, bind, bind_unix
 from gateway.log import Log
@@ -78,6 +80,7 @@ class Replica:
         )
         looks = settings.discovery
         self.watcher = Watcher(self.pool, self.metrics, self.log, clock, looks.interval, looks.down_interval)
+        self.finder = Finder(endpoint_spec, self._refresh_endpoints, self.log, looks.dns_interval)
         self.listeners: list[Listener] = []
         self._protocols: list[type[ForebayProtocol]] = []
         self._stamp = self._file_stamp()
@@ -107,6 +110,7 @@ class Replica:
         await self.keyring.start()
         added, _ = self.pool.configure(endpoint_specs(settings), int(time.time()))
         await self.watcher.watch(added)
+        await self.finder.configure(settings.upstreams)
         for listener in self.listeners:
             await listener.open()
         self.deadlines.start()
@@ -187,6 +191,7 @@ class Replica:
             settings, configuration = await asyncio.to_thread(_load_and_mark, self._path)
             specs = endpoint_specs(settings)
             await self.keyring.reconfigure(settings)
+            await self.finder.configure(settings.upstreams)
         except (ConfigError, StateError, ValueError) as error:
             problems = error.problems if isinstance(error, ConfigError) else [str(error)]
             self.metrics.reloaded(False)
@@ -194,7 +199,7 @@ class Replica:
             return problems
         changes = diff(self.settings, settings)
         self._apply(settings)
-        await self._change_endpoints(specs)
+        await self._change_endpoints([*specs, *self.finder.specs()])
         self.metrics.reloaded(True)
         self.log.say("info", "reloaded", changed=changes.live, configuration=configuration)
         if "auth" in changes.live:
@@ -215,6 +220,11 @@ class Replica:
         self.watcher.down_interval = settings.discovery.down_interval
         self.log.configure(settings.log.format, settings.log.level)
         self.metrics.bound_labels(settings.metrics.max_label_values)
+
+    async def _refresh_endpoints(self) -> None:
+        """Take over what was found to have come or gone."""
+        async with self._reloading:
+            await self._change_endpoints([*endpoint_specs(self.settings), *self.finder.specs()])
 
     async def _change_endpoints(self, specs: list[EndpointSpec]) -> None:
         """Take endpoints in and out; requests under way at one that goes finish there."""
@@ -269,6 +279,7 @@ class Replica:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.finder.stop()
         await self.watcher.stop()
         await self.deadlines.stop()
         for listener in self.listeners:
@@ -345,24 +356,26 @@ def edge_rules(settings: Settings) -> EdgeRules:
 
 
 def endpoint_specs(settings: Settings) -> list[EndpointSpec]:
-    """Return the endpoints of the configuration. Raises ConfigError."""
-    specs = []
-    for upstream in settings.upstreams:
-        engine = ENGINES.get(upstream.engine)
-        if engine is None:
-            raise ConfigError([f"upstream {upstream.url}: unknown engine {upstream.engine!r}"])
-        specs.append(
-            EndpointSpec(
-                name=upstream.name or upstream.url,
-                url=upstream.url,
-                engine=engine,
-                address=_address(upstream),
-                api_key=upstream.credential(),
-                models=tuple(sorted(upstream.models.items())) if upstream.models is not None else None,
-                max_connections=upstream.max_connections,
-            )
-        )
-    return specs
+    """Return the endpoints that the configuration names one by one. Raises ConfigError."""
+    return [endpoint_spec(upstream) for upstream in settings.upstreams if upstream.discover is None]
+
+
+def endpoint_spec(upstream: Upstream, found: Found | None = None) -> EndpointSpec:
+    """Return an endpoint as it is configured, or one of those that were found. Raises ConfigError."""
+    engine = ENGINES.get(upstream.engine)
+    if engine is None:
+        raise ConfigError([f"upstream {upstream.url}: unknown engine {upstream.engine!r}"])
+    name = upstream.name or upstream.url
+    url = upstream.url if found is None else f"http://{found.authority}"
+    return EndpointSpec(
+        name=name if found is None else f"{name}/{found.authority}",
+        url=url,
+        engine=engine,
+        address=_address(upstream) if found is None else parse_address(url),
+        api_key=upstream.credential(),
+        models=tuple(sorted(upstream.models.items())) if upstream.models is not None else None,
+        max_connections=upstream.max_connections,
+    )
 
 
 def _address(upstream: Upstream) -> Address:

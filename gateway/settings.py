@@ -18,6 +18,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -49,6 +50,7 @@ from gateway.values import (
     Size,
     UpstreamUrl,
     UserPath,
+    is_address,
     is_loopback,
     read_secret,
     yaml_off,
@@ -189,7 +191,26 @@ class Upstream(Section):
     ca_file: UserPath | None = None
     """Certificates to trust for https instead of the system's."""
     max_connections: Count = 1024
-    """Connections this gateway may hold to it."""
+    """Connections this gateway may hold to it, or to each one that is discovered."""
+    discover: Literal["dns", "kubernetes"] | None = None
+    """`dns`: every address the URL's host name stands for is an engine. `kubernetes`: every ready endpoint of the
+    Service that the URL names as http://SERVICE or http://SERVICE.NAMESPACE; its port is the pods' own."""
+
+    @model_validator(mode="after")
+    def _discoverable(self) -> Upstream:
+        if self.discover is None:
+            return self
+        if not self.url.startswith("http://"):
+            raise ValueError("discover is for http:// URLs only: a certificate names a host, not its addresses")
+        parts = urlsplit(self.url)
+        host = parts.hostname or ""
+        if parts.port is None:
+            raise ValueError("discover needs the engines' port; write http://NAME:PORT")
+        if is_address(host):
+            raise ValueError(f"discover needs a name to look up, {host} is an address; write the name, or leave it out")
+        if self.discover == "kubernetes" and host.count(".") > 1:
+            raise ValueError("a Service is written http://SERVICE:PORT or http://SERVICE.NAMESPACE:PORT")
+        return self
 
     @model_validator(mode="after")
     def _usable(self) -> Upstream:
@@ -399,6 +420,8 @@ class Discovery(Section):
     """Between two looks at a healthy engine."""
     down_interval: PositiveDuration = 1.0
     """Between two looks at one that is down."""
+    dns_interval: PositiveDuration = 5.0
+    """Between two questions for the addresses of an upstream with `discover: dns`."""
 
 
 class Health(Section):

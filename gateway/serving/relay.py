@@ -350,8 +350,6 @@ class Relay:
         ticket.usage = usage
         ticket.mark(now, 1)
         headers = self._headers(now, stream=False)
-        assert self._endpoint is not None
-        self._endpoint.went_well(now)
         self._finish(Outcome.OK, 200, now)
         self._client.respond(200, headers, body)
 
@@ -451,6 +449,8 @@ class Relay:
                 connection.release()
             else:
                 connection.abort()
+        if outcome is Outcome.OK and self._endpoint is not None:
+            self._endpoint.went_well(now)
         self._give_back()
         if self._meter is not None and self._meter.usage is not None:
             self._ticket.usage = self._meter.usage
