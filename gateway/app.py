@@ -224,9 +224,9 @@ class Replica:
     async def _refresh_endpoints(self) -> None:
         """Take over what was found to have come or gone."""
         async with self._reloading:
-            await self._change_endpoints([*endpoint_specs(self.settings), *self.finder.specs()])
+            await self._change_endpoints([*endpoint_specs(self.settings), *self.finder.specs()], configured=False)
 
-    async def _change_endpoints(self, specs: list[EndpointSpec]) -> None:
+    async def _change_endpoints(self, specs: list[EndpointSpec], *, configured: bool = True) -> None:
         """Take endpoints in and out; requests under way at one that goes finish there."""
         added, gone = self.pool.configure(specs, int(time.time()))
         await self.watcher.watch(added)
@@ -234,7 +234,8 @@ class Replica:
         for endpoint in gone:
             endpoint.connections.retire()
         served = {name for endpoint in self.pool.endpoints for name in endpoint.models}
-        if gone:
+        # Engines that merely went away will be back: their models are known, only not served at the moment.
+        if gone and configured:
             self.pool.catalogue.retain(served)
 
     # --- end --------------------------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ async def test_a_full_engine_hands_over(pair: Pair) -> None:
 
 async def test_an_engine_that_keeps_failing_is_left_out_for_a_while(pair: Pair) -> None:
     """Five failures in a row, then it gets nothing for two seconds, then one request decides."""
-    gateway, first, second = pair
+    gateway, first, _ = pair
     first.always(nothing().do(Do.RESET), path=CHAT)
     answers = [await gateway.ask(chat(stream=True)) for _ in range(30)]
     assert {answer.status for answer in answers} == {200}
