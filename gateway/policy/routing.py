@@ -37,6 +37,9 @@ def least_loaded(candidates: Sequence[C], tried: Collection[C], start: int, now:
     One that is not trusted is chosen only when no other is left: a bad engine is better than a sure refusal. Ties go
     round robin: the search begins at ``start`` (any integer), so that equal endpoints share the work.
     """
+    if len(candidates) == 1:
+        only = candidates[0]
+        return only if only not in tried and only.available else None
     best: C | None = None
     spare: C | None = None
     least = least_spare = 0.0
