@@ -243,7 +243,13 @@ def losses(figures: Figures) -> str:
         better = []
         for subject in figures.subjects:
             value = figures.value(subject, metric)
-            if subject == "direct" or subject.startswith("forebay") or not value or figures.marked(subject, metric.row):
+            # The floor is no gateway: it is there to be compared with, not to be chosen.
+            if (
+                subject in ("direct", "floor")
+                or subject.startswith("forebay")
+                or not value
+                or figures.marked(subject, metric.row)
+            ):
                 continue
             factor = value / own if metric.more_is_better else own / value
             if factor > 1.05:
