@@ -97,7 +97,9 @@ class Watcher:
     async def _ask(self, endpoint: Endpoint) -> None:
         engine = endpoint.engine
         await self._get(endpoint, engine.ready_path)
-        await self._read_load(endpoint)
+        if endpoint.seen:
+            # Not at the first look: nothing should keep an engine from its first request.
+            await self._read_load(endpoint)
         if endpoint.spec.models is not None:
             return
         served = engine.read_models((await self._get(endpoint, engine.models_path)).content)
