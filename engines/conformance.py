@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from engines.protocol import Capability, EngineLoad
+from engines.registry import ENGINES
 
 CHAT = "/v1/chat/completions"
 NONE = Capability(0)
@@ -392,7 +393,7 @@ async def check_unknown_model(subject: Subject) -> None:
 @check()
 async def check_control_fields(subject: Subject) -> None:
     """Fields that steer the engine are refused."""
-    for name in ("lora_path", "rid", "priority", "session_id", "bootstrap_host", "kv_transfer_params", "chat_template"):
+    for name in sorted(frozenset().union(*(engine.control_fields for engine in ENGINES.values()))):
         await _refused(subject, 400, None, _chat(subject, **{name: "x"}))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import random
 import socket
@@ -31,15 +30,12 @@ from engines.minder import Address, Minder
 from engines.models import ModelFiles, prepare_model
 from engines.steps import Step
 from engines.vllm import Vllm
-from tests.support.adapters import make_adapter
 from tests.support.served import Served
 
 START_WITHIN = 600.0
 """Seconds for the engine to be ready; a quiet machine needs 30, a busy one minutes."""
 PREPARE_WITHIN = 900.0
 """Seconds for its environment and its model to be made, where they are not there yet."""
-ADAPTER = "babble"
-"""The adapter that the session's engine has from its start."""
 ANSWER_WITHIN = 120.0
 """Seconds for an answer of the engine."""
 
@@ -143,11 +139,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     stash = request.config.stash
     if _SERVED not in stash:
         ports = (engine_port(), engine_port())
-        folder = tmp_path_factory.mktemp("served")
-        # The one of the plain command, with room for an adapter whose answers can be told from the base model's.
-        engine = {"name": "local", "adapters": {"at_start": {ADAPTER: str(make_adapter(folder / ADAPTER))}}}
-        variables = {"FOREBAY_HOME": str(data_directory()), "FOREBAY_ENGINES": json.dumps([engine])}
-        stash[_SERVED] = started = Served((), folder, ports, _tell, **variables)
+        home = {"FOREBAY_HOME": str(data_directory())}
+        stash[_SERVED] = started = Served((), tmp_path_factory.mktemp("served"), ports, _tell, **home)
         request.config.add_cleanup(started.stop)
     try:
         stash[_SERVED].wait_ready(PREPARE_WITHIN + START_WITHIN)
