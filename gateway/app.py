@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from adapters.catalogue import Catalogue
+from engines.discovery import Found
 from engines.registry import ENGINES
 from gateway.api.asgi import AsgiFace
 from gateway.api.auth import Authenticator
@@ -27,12 +28,14 @@ from gateway.api.media import MediaRules
 from gateway.api.protocol import SUPPORTED, ConnectionRules, ForebayProtocol, bound
 from gateway.api.rest import WithRequestId, admin_app, public_app
 from gateway.api.routes import RELAYED
+from gateway.finder import Finder
 from gateway.keyring import Keyring
 from gateway.listener import Listener, ListenError, bind, bind_unix
 from gateway.log import Log
 from gateway.metrics import Metrics
+from gateway.policy.breaker import BreakerRules
 from gateway.serving.deadlines import Deadlines
-from gateway.serving.pool import EndpointSpec, Pool
+from gateway.serving.pool import EndpointSpec, HealthRules, Pool
 from gateway.serving.relay import RelayLimits
 from gateway.serving.upstream import Address, parse_address
 from gateway.serving.watch import Watcher
@@ -62,7 +65,7 @@ class Replica:
         self.log = _open_log(settings)
         self.metrics = Metrics(settings.metrics.max_label_values)
         self.deadlines = Deadlines(clock)
-        self.pool = Pool(Catalogue())
+        self.pool = Pool(Catalogue(), health_rules(settings))
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="forebay")
         self.authenticator = Authenticator({})
         self.keyring = Keyring(settings, self.authenticator, self.log, clock)
@@ -76,7 +79,8 @@ class Replica:
             edge_rules(settings),
         )
         looks = settings.discovery
-        self.watcher = Watcher(self.pool, self.metrics, self.log, looks.interval, looks.down_interval)
+        self.watcher = Watcher(self.pool, self.metrics, self.log, clock, looks.interval, looks.down_interval)
+        self.finder = Finder(endpoint_spec, self._refresh_endpoints, self.log, looks.dns_interval)
         self.listeners: list[Listener] = []
         self._protocols: list[type[ForebayProtocol]] = []
         self._stamp = self._file_stamp()
@@ -106,6 +110,7 @@ class Replica:
         await self.keyring.start()
         added, _ = self.pool.configure(endpoint_specs(settings), int(time.time()))
         await self.watcher.watch(added)
+        await self.finder.configure(settings.upstreams)
         for listener in self.listeners:
             await listener.open()
         self.deadlines.start()
@@ -186,6 +191,7 @@ class Replica:
             settings, configuration = await asyncio.to_thread(_load_and_mark, self._path)
             specs = endpoint_specs(settings)
             await self.keyring.reconfigure(settings)
+            await self.finder.configure(settings.upstreams)
         except (ConfigError, StateError, ValueError) as error:
             problems = error.problems if isinstance(error, ConfigError) else [str(error)]
             self.metrics.reloaded(False)
@@ -193,7 +199,7 @@ class Replica:
             return problems
         changes = diff(self.settings, settings)
         self._apply(settings)
-        await self._change_endpoints(specs)
+        await self._change_endpoints([*specs, *self.finder.specs()])
         self.metrics.reloaded(True)
         self.log.say("info", "reloaded", changed=changes.live, configuration=configuration)
         if "auth" in changes.live:
@@ -209,12 +215,18 @@ class Replica:
             protocol.rules = rules
         self.settings = settings
         self.edge.rules = edge_rules(settings)
+        self.pool.judge_by(health_rules(settings))
         self.watcher.interval = settings.discovery.interval
         self.watcher.down_interval = settings.discovery.down_interval
         self.log.configure(settings.log.format, settings.log.level)
         self.metrics.bound_labels(settings.metrics.max_label_values)
 
-    async def _change_endpoints(self, specs: list[EndpointSpec]) -> None:
+    async def _refresh_endpoints(self) -> None:
+        """Take over what was found to have come or gone."""
+        async with self._reloading:
+            await self._change_endpoints([*endpoint_specs(self.settings), *self.finder.specs()], configured=False)
+
+    async def _change_endpoints(self, specs: list[EndpointSpec], *, configured: bool = True) -> None:
         """Take endpoints in and out; requests under way at one that goes finish there."""
         added, gone = self.pool.configure(specs, int(time.time()))
         await self.watcher.watch(added)
@@ -222,7 +234,8 @@ class Replica:
         for endpoint in gone:
             endpoint.connections.retire()
         served = {name for endpoint in self.pool.endpoints for name in endpoint.models}
-        if gone:
+        # Engines that merely went away will be back: their models are known, only not served at the moment.
+        if gone and configured:
             self.pool.catalogue.retain(served)
 
     # --- end --------------------------------------------------------------------------------------------------------
@@ -267,6 +280,7 @@ class Replica:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.finder.stop()
         await self.watcher.stop()
         await self.deadlines.stop()
         for listener in self.listeners:
@@ -308,6 +322,13 @@ def connection_rules(settings: Settings, keep_alive: float) -> ConnectionRules:
     )
 
 
+def health_rules(settings: Settings) -> HealthRules:
+    """Return how endpoints are judged."""
+    health = settings.health
+    breaker = BreakerRules(health.failures, health.eject, max(health.eject, health.eject_at_most))
+    return HealthRules(breaker, health.ramp)
+
+
 def edge_rules(settings: Settings) -> EdgeRules:
     """Return what the edge goes by."""
     limits, timeouts, media = settings.limits, settings.timeouts, settings.media
@@ -336,24 +357,26 @@ def edge_rules(settings: Settings) -> EdgeRules:
 
 
 def endpoint_specs(settings: Settings) -> list[EndpointSpec]:
-    """Return the endpoints of the configuration. Raises ConfigError."""
-    specs = []
-    for upstream in settings.upstreams:
-        engine = ENGINES.get(upstream.engine)
-        if engine is None:
-            raise ConfigError([f"upstream {upstream.url}: unknown engine {upstream.engine!r}"])
-        specs.append(
-            EndpointSpec(
-                name=upstream.name or upstream.url,
-                url=upstream.url,
-                engine=engine,
-                address=_address(upstream),
-                api_key=upstream.credential(),
-                models=tuple(sorted(upstream.models.items())) if upstream.models is not None else None,
-                max_connections=upstream.max_connections,
-            )
-        )
-    return specs
+    """Return the endpoints that the configuration names one by one. Raises ConfigError."""
+    return [endpoint_spec(upstream) for upstream in settings.upstreams if upstream.discover is None]
+
+
+def endpoint_spec(upstream: Upstream, found: Found | None = None) -> EndpointSpec:
+    """Return an endpoint as it is configured, or one of those that were found. Raises ConfigError."""
+    engine = ENGINES.get(upstream.engine)
+    if engine is None:
+        raise ConfigError([f"upstream {upstream.url}: unknown engine {upstream.engine!r}"])
+    name = upstream.name or upstream.url
+    url = upstream.url if found is None else f"http://{found.authority}"
+    return EndpointSpec(
+        name=name if found is None else f"{name}/{found.authority}",
+        url=url,
+        engine=engine,
+        address=_address(upstream) if found is None else parse_address(url),
+        api_key=upstream.credential(),
+        models=tuple(sorted(upstream.models.items())) if upstream.models is not None else None,
+        max_connections=upstream.max_connections,
+    )
 
 
 def _address(upstream: Upstream) -> Address:

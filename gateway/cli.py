@@ -425,6 +425,40 @@ def engines_run(
     raise typer.Exit(run_engine(settings.engines[0], settings))
 
 
+@engines_app.command("check")
+def engines_check(
+    url: Annotated[str, typer.Argument(help="Where the engine answers: http://host:port or unix:/path.")],
+    kind: Annotated[str, typer.Option("--engine", help="What kind of engine it is.")] = "vllm",
+    model: Annotated[str | None, typer.Option("--model", help="Which of its models, if there are several.")] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help="An adapter it serves, to be checked too.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Its context, where it does not tell.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="One check by name; may be repeated.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Variable that holds the engine's own key.")] = None,
+) -> None:
+    """Run the project's conformance checks against an engine of yours. Exits with 1 when one fails.
+
+    It sends some fifty small requests and holds nothing back: do not point it at an engine that serves others.
+
+    Example: `forebay engines check http://gpu-1:8000 --engine sglang --adapter support`
+    """
+    import asyncio
+
+    from engines.conformance import Result
+    from gateway.settings import Upstream
+    from gateway.trial import TrialError, check_engine
+
+    def tell(result: Result) -> None:
+        detail = f": {result.detail}" if result.detail else f"  ({result.seconds:.1f} s)"
+        typer.echo(f"{result.verdict:<11} {result.check.name:<20} {result.check.told}{detail}")
+
+    upstream = Upstream(url=url, engine=kind, **({"api_key_env": api_key_env} if api_key_env else {}))
+    try:
+        good = asyncio.run(check_engine(upstream, model, adapter, max_model_len, only or (), tell))
+    except TrialError as error:
+        raise CommandError(str(error)) from None
+    raise typer.Exit(0 if good else 1)
+
+
 @app.command()
 def doctor(config: ConfigOption = None) -> None:
     """Say what is installed, what is missing and what to type. Changes nothing; exits with 1 when something is wrong.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import os
 import secrets
@@ -199,20 +200,15 @@ class PreparedEngine:
 
     def spec(self, settings: Settings, address: Address, api_key: str | None) -> LaunchSpec:
         """How to start it."""
-        wanted = self.settings
-        return LaunchSpec(
-            name=wanted.name,
-            kind=wanted.kind,
-            device=Device(wanted.device),
+        asked = self.settings.asked()
+        return dataclasses.replace(
+            asked,
             model=self.model.path,
-            served_name=wanted.served_name or self.model.served_name,
-            address=address,
             model_is_local=self.model.is_local,
+            served_name=self.settings.served_name or self.model.served_name,
+            address=address,
             api_key=api_key,
-            max_model_len=wanted.max_model_len,
             allowed_media_domains=settings.media.hosts if settings.media.remote == "engine" else (),
-            extra_args=wanted.args,
-            extra_environment=wanted.environment,
         )
 
     def private_spec(self, settings: Settings, directory: Path) -> LaunchSpec:

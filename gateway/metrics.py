@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
+from engines.protocol import EngineLoad
+
 OTHER = "other"
 """The label of everything beyond the bound."""
 
@@ -81,6 +83,8 @@ class Metrics:
         self._series: dict[tuple[str, str], TenantSeries] = {}
         self._upstream_errors: dict[tuple[str, str], int] = {}
         self._endpoints: dict[str, tuple[bool, int]] = {}
+        self._ejections: dict[str, int] = {}
+        self._engine_loads: dict[str, tuple[EngineLoad, float]] = {}
         self.overhead = {stage: Histogram(OVERHEAD_SECONDS) for stage in ("auth", "policy", "connect")}
         self.client_retries = 0
         self.reloads = {"ok": 0, "refused": 0}
@@ -122,9 +126,18 @@ class Metrics:
         """Note an endpoint's health and load."""
         self._endpoints[endpoint] = (healthy, in_flight)
 
+    def endpoint_ejected(self, endpoint: str) -> None:
+        """Count that an endpoint failed too often and gets no requests for a while."""
+        self._ejections[endpoint] = self._ejections.get(endpoint, 0) + 1
+
+    def engine_load(self, endpoint: str, load: EngineLoad, wall: float) -> None:
+        """Note what an engine says of its own load at ``wall`` (Unix seconds)."""
+        self._engine_loads[endpoint] = (load, wall)
+
     def endpoint_gone(self, endpoint: str) -> None:
         """Forget an endpoint that is no longer configured."""
-        self._endpoints.pop(endpoint, None)
+        for known in (self._endpoints, self._ejections, self._engine_loads):
+            known.pop(endpoint, None)
 
     def reloaded(self, ok: bool) -> None:
         """Count a configuration reload."""
@@ -187,4 +200,25 @@ class Metrics:
         for endpoint, (healthy, in_flight) in list(self._endpoints.items()):
             up.add_metric([endpoint], float(healthy))
             load.add_metric([endpoint], in_flight)
-        yield from (errors, up, load)
+        ejections = CounterMetricFamily(
+            "forebay_endpoint_ejections", "Times an endpoint failed too often in a row", labels=["endpoint"]
+        )
+        for endpoint, count in list(self._ejections.items()):
+            ejections.add_metric([endpoint], count)
+        yield from (errors, up, load, ejections)
+        yield from self._collect_engines()
+
+    def _collect_engines(self) -> Iterator[Metric]:
+        """What engines say of themselves, with the moment they said it: its age tells how far to trust it."""
+        requests = GaugeMetricFamily(
+            "forebay_engine_requests", "Requests in an engine by its own account", labels=["endpoint", "state"]
+        )
+        cache = GaugeMetricFamily("forebay_engine_cache_used", "Share of an engine's KV cache", labels=["endpoint"])
+        told = GaugeMetricFamily("forebay_engine_told_at_seconds", "When an engine said so", labels=["endpoint"])
+        for endpoint, (load, wall) in list(self._engine_loads.items()):
+            requests.add_metric([endpoint, "running"], load.running)
+            requests.add_metric([endpoint, "waiting"], load.waiting)
+            if load.cache_used is not None:
+                cache.add_metric([endpoint], load.cache_used)
+            told.add_metric([endpoint], wall)
+        yield from (requests, cache, told)

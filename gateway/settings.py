@@ -18,6 +18,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -30,6 +31,10 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from engines.devices import Device, Quantization
+from engines.launch import AdapterSlots, LaunchSpec, Parallel
+from engines.minder import Address
+from engines.registry import ENGINES
 from gateway.values import (
     KIB,
     MIB,
@@ -45,6 +50,7 @@ from gateway.values import (
     Size,
     UpstreamUrl,
     UserPath,
+    is_address,
     is_loopback,
     read_secret,
     yaml_off,
@@ -185,7 +191,26 @@ class Upstream(Section):
     ca_file: UserPath | None = None
     """Certificates to trust for https instead of the system's."""
     max_connections: Count = 1024
-    """Connections this gateway may hold to it."""
+    """Connections this gateway may hold to it, or to each one that is discovered."""
+    discover: Literal["dns", "kubernetes"] | None = None
+    """`dns`: every address the URL's host name stands for is an engine. `kubernetes`: every ready endpoint of the
+    Service that the URL names as http://SERVICE or http://SERVICE.NAMESPACE; its port is the pods' own."""
+
+    @model_validator(mode="after")
+    def _discoverable(self) -> Upstream:
+        if self.discover is None:
+            return self
+        if not self.url.startswith("http://"):
+            raise ValueError("discover is for http:// URLs only: a certificate names a host, not its addresses")
+        parts = urlsplit(self.url)
+        host = parts.hostname or ""
+        if parts.port is None:
+            raise ValueError("discover needs the engines' port; write http://NAME:PORT")
+        if is_address(host):
+            raise ValueError(f"discover needs a name to look up, {host} is an address; write the name, or leave it out")
+        if self.discover == "kubernetes" and host.count(".") > 1:
+            raise ValueError("a Service is written http://SERVICE:PORT or http://SERVICE.NAMESPACE:PORT")
+        return self
 
     @model_validator(mode="after")
     def _usable(self) -> Upstream:
@@ -201,6 +226,24 @@ class Upstream(Section):
         if self.api_key is None and self.api_key_file is None and self.api_key_env is None:
             return None
         return read_secret(f"upstream {self.name or self.url!r}", self.api_key, self.api_key_file, self.api_key_env)
+
+
+class LocalAdapters(Section):
+    """Room for LoRA adapters in an engine, and those it has from its start."""
+
+    active: Count = 4
+    """Adapters that may be used in one batch."""
+    rank: Count = 16
+    """Highest rank of an adapter."""
+    targets: tuple[str, ...] = AdapterSlots().targets
+    """Modules an adapter may change, for engines that must know."""
+    at_start: dict[Name, UserPath] = {}
+    """Public name → directory of an adapter."""
+
+    def slots(self) -> AdapterSlots:
+        """The same for an engine."""
+        at_start = tuple((name, str(path.absolute())) for name, path in self.at_start.items())
+        return AdapterSlots(self.active, self.rank, self.targets, at_start)
 
 
 class LocalEngine(Section):
@@ -220,10 +263,56 @@ class LocalEngine(Section):
     """Loopback port of the engine; a Unix socket that only this user can reach when left out."""
     max_model_len: Count | None = None
     """Longest context in tokens; the engine's choice when left out."""
+    devices: tuple[str, ...] = ()
+    """Which of the machine's devices it may use, by number; all when left out."""
+    tensor_parallel: Count = 1
+    """Devices that share each layer."""
+    pipeline_parallel: Count = 1
+    """Devices that share the layers among them."""
+    data_parallel: Count = 1
+    """Copies of the model within one engine."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Part of a device's memory it may take; the engine's choice when left out."""
+    quantization: Quantization | None = None
+    """How the weights are stored; what the model's files say when left out."""
+    max_running: Count | None = None
+    """Requests it works on at once; the engine's choice when left out."""
+    max_queued: Count | None = None
+    """Requests that may wait in it; more are offered to another engine. Unbounded when left out."""
+    adapters: LocalAdapters | None = None
+    """Room for LoRA adapters; none when left out."""
     args: tuple[str, ...] = ()
     """More arguments for the engine's own command line."""
     environment: dict[str, str] = Field(default={}, repr=False)
     """More environment variables for the engine."""
+
+    def asked(self) -> LaunchSpec:
+        """What is asked of the engine, before it is known where its model lies and where it will listen."""
+        return LaunchSpec(
+            name=self.name,
+            kind=self.kind,
+            device=Device(self.device),
+            model=self.model,
+            served_name=self.served_name or self.model,
+            address=Address(),
+            max_model_len=self.max_model_len,
+            quantization=self.quantization,
+            parallel=Parallel(self.tensor_parallel, self.pipeline_parallel, self.data_parallel),
+            memory_share=self.memory_share,
+            max_running=self.max_running,
+            max_queued=self.max_queued,
+            adapters=self.adapters.slots() if self.adapters is not None else None,
+            visible_devices=self.devices,
+            extra_args=self.args,
+            extra_environment=self.environment,
+        )
+
+    @model_validator(mode="after")
+    def _possible(self) -> LocalEngine:
+        obstacles = "; ".join(ENGINES[self.kind].obstacles(self.asked()))
+        if obstacles:
+            raise ValueError(obstacles)
+        return self
 
 
 class Timeouts(Section):
@@ -331,6 +420,21 @@ class Discovery(Section):
     """Between two looks at a healthy engine."""
     down_interval: PositiveDuration = 1.0
     """Between two looks at one that is down."""
+    dns_interval: PositiveDuration = 5.0
+    """Between two questions for the addresses of an upstream with `discover: dns`."""
+
+
+class Health(Section):
+    """When an engine that answers badly is left out, and how one that comes back is let in."""
+
+    failures: Annotated[int, Field(ge=0)] = 5
+    """Requests failed in a row after which it is left out for a while; 0: never."""
+    eject: PositiveDuration = 2.0
+    """How long at first; twice as long each time after that."""
+    eject_at_most: PositiveDuration = 30.0
+    """How long at most."""
+    ramp: Duration = 10.0
+    """How long an engine that has just come up gets less than its share."""
 
 
 def _default_data_dir() -> Path:
@@ -385,6 +489,8 @@ class Settings(BaseSettings):
     """Engines' environments, models and the SQLite file; $FOREBAY_HOME or ~/.local/share/forebay when left out."""
     discovery: Discovery = Discovery()
     """How the engines behind the gateway are watched."""
+    health: Health = Health()
+    """When an engine that answers badly is left out."""
 
     @classmethod
     def settings_customise_sources(

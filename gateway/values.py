@@ -138,6 +138,15 @@ def _upstream_url(value: str) -> str:
     return plain
 
 
+def is_address(host: str) -> bool:
+    """Whether it is an IP address and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address is reached by programs of this machine only."""
     try:

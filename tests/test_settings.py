@@ -199,7 +199,7 @@ def test_the_example_with_everything_switched_on_is_valid_and_complete() -> None
     lines = EXAMPLE.read_text().splitlines()
     tree = yaml.safe_load("\n".join(re.sub(r"^( *)#(?! |$)", r"\1", line) for line in lines))
     Settings(**tree)
-    free_names = re.compile(r"upstreams\.models\.|media\.paths\.|engines\.environment\.")
+    free_names = re.compile(r"upstreams\.models\.|media\.paths\.|engines\.environment\.|engines\.adapters\.at_start\.")
     shown = {path for path in _paths_of_tree(tree) if not free_names.match(path)}
     assert shown == set(_paths_of_model(Settings))
 
@@ -532,13 +532,14 @@ def test_the_schema_takes_what_the_loader_takes() -> None:
         assert re.search(pattern, text)
         parse_size(text)
     assert schema["additionalProperties"] is False
-    assert all(definition["additionalProperties"] is False for definition in definitions.values())
+    sections = [definition for definition in definitions.values() if "properties" in definition]
+    assert all(section["additionalProperties"] is False for section in sections)
     assert str(Path.home()) not in json.dumps(schema)
 
 
 def test_every_key_is_described() -> None:
     schema = json_schema()
-    sections = [schema, *schema["$defs"].values()]
+    sections = [schema, *(section for section in schema["$defs"].values() if "properties" in section)]
     undescribed = [
         f"{section['title']}.{name}"
         for section in sections
@@ -587,3 +588,35 @@ def test_the_fingerprint_sees_secrets_and_shows_none(tmp_path: Path) -> None:
         for more in ({}, {"api_key": "a"}, {"api_key": "b"})
     }
     assert len(prints) == 3
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("{name: a, quantization: fp8}", "engines[0]: vLLM has no fp8 weights on cpu"),
+        ("{name: a, device: cuda, quantization: gguf}", "engines[0].quantization"),
+        ("{name: a, tensor_parallel: 2}", "engines[0]: one vLLM on cpu is one process"),
+        ("{name: a, memory_share: 1.5}", "engines[0].memory_share"),
+    ],
+)
+def test_an_engine_that_cannot_work_is_refused_with_the_reason(tmp_path: Path, engine: str, said: str) -> None:
+    file = tmp_path / "forebay.yaml"
+    file.write_text(f"engines:\n  - {engine}\n")
+    with pytest.raises(ConfigError) as error:
+        load(file)
+    assert said in error.value.problems[0]
+
+
+def test_what_is_asked_of_an_engine(tmp_path: Path) -> None:
+    file = tmp_path / "forebay.yaml"
+    file.write_text(
+        "engines:\n"
+        "  - {name: big, device: cuda, model: org/m, devices: ['0', '1'], tensor_parallel: 2, memory_share: 0.8,\n"
+        "     quantization: awq, max_running: 8, max_queued: 16, adapters: {rank: 32, at_start: {support: /a/b}}}\n"
+    )
+    [engine] = load(file).engines
+    asked = engine.asked()
+    assert (asked.parallel.devices, asked.visible_devices, asked.memory_share) == (2, ("0", "1"), 0.8)
+    assert (asked.quantization, asked.max_running, asked.max_queued) == ("awq", 8, 16)
+    assert asked.adapters is not None
+    assert (asked.adapters.rank, asked.adapters.at_start) == (32, (("support", "/a/b"),))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 
 from adapters.catalogue import Catalogue, Model
-from engines.protocol import Capability, Engine, Target
+from engines.protocol import Capability, Engine, EngineLoad, Target
+from gateway.policy.breaker import NEW, Breaker, BreakerRules, Event, State, step
 from gateway.policy.routing import least_loaded
 from gateway.serving.upstream import Address, Connections
 
@@ -27,11 +29,27 @@ class EndpointSpec:
     max_connections: int = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class HealthRules:
+    """How endpoints are judged: when one is ejected, and for how many seconds a newcomer gets less than its share."""
+
+    breaker: BreakerRules = field(default_factory=BreakerRules)
+    ramp: float = 10.0
+
+
 class Endpoint:
     """One engine process and what is known of it."""
 
     def __init__(self, spec: EndpointSpec) -> None:
         self.spec = spec
+        self.rules = HealthRules()
+        self.breaker: Breaker = NEW
+        """What speaks against giving it work, by how its last requests ended."""
+        self.ramp_from = 0.0
+        self.ramp_until = 0.0
+        self.load: EngineLoad | None = None
+        """What the engine last said of itself, and when: a second opinion that no decision waits for."""
+        self.load_at = 0.0
         self.name = spec.name
         self.engine = spec.engine
         self.connections = Connections(spec.address, spec.max_connections)
@@ -82,8 +100,30 @@ class Endpoint:
             head = self._heads[path] = b"\r\n".join(lines) + b"\r\nx-request-id: "
         return head
 
-    def up(self) -> None:
-        """Note that it answered."""
+    def trusted(self, now: float) -> bool:
+        """Whether its last requests went well enough to give it another."""
+        return self.breaker.admits(now)
+
+    def sent(self, now: float) -> None:
+        """Note that it is given a request."""
+        if self.breaker.state is not State.CLOSED:
+            self.breaker = step(self.breaker, Event.SENT, now, self.rules.breaker)
+
+    def went_well(self, now: float) -> None:
+        """Note that it answered a request."""
+        if self.breaker is not NEW:
+            self.breaker = step(self.breaker, Event.OK, now, self.rules.breaker)
+
+    def went_wrong(self, now: float) -> bool:
+        """Note that it failed a request; tell whether that ejects it."""
+        before = self.breaker
+        self.breaker = step(before, Event.FAILED, now, self.rules.breaker)
+        return self.breaker.state is State.OPEN and self.breaker is not before
+
+    def up(self, now: float = 0.0) -> None:
+        """Note that it answered; one that was away, or is new, gets its share little by little."""
+        if not self.healthy or not self.seen:
+            self.ramp_from, self.ramp_until = now, now + self.rules.ramp
         self.healthy = True
         self.seen = True
         self.trouble = ""
@@ -98,8 +138,9 @@ class Endpoint:
 class Pool:
     """All endpoints, and by model those that serve it."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Catalogue, rules: HealthRules | None = None) -> None:
         self.catalogue = catalogue
+        self._rules = rules or HealthRules()
         self.endpoints: list[Endpoint] = []
         self._by_model: dict[str, tuple[Endpoint, ...]] = {}
         self._able: dict[tuple[str, str, bool], tuple[Endpoint, ...]] = {}
@@ -111,11 +152,18 @@ class Pool:
         kept = {endpoint.spec: endpoint for endpoint in self.endpoints}
         before = set(self.endpoints)
         self.endpoints = [kept.get(spec) or Endpoint(spec) for spec in specs]
+        self.judge_by(self._rules)
         after = set(self.endpoints)
         for endpoint in after - before:
             self.catalogue.learn(Model(public, created) for public in endpoint.models)
         self.index()
         return [e for e in self.endpoints if e not in before], list(before - after)
+
+    def judge_by(self, rules: HealthRules) -> None:
+        """Take other rules; what endpoints have done so far stays."""
+        self._rules = rules
+        for endpoint in self.endpoints:
+            endpoint.rules = rules
 
     def index(self) -> None:
         """Rebuild the table of who serves what, after endpoints or their models changed."""
@@ -130,10 +178,15 @@ class Pool:
         """Return every endpoint that serves a public model, healthy or not."""
         return self._by_model.get(model, ())
 
-    def choose(self, model: str, path: str, tried: Collection[Endpoint], salted: bool = False) -> Endpoint | None:
-        """Return the endpoint for the next attempt, None when none of those left can be given work."""
+    def choose(
+        self, model: str, path: str, tried: Collection[Endpoint], now: float = inf, *, salted: bool = False
+    ) -> Endpoint | None:
+        """Return the endpoint for the next attempt, None when none of those left can be given work.
+
+        Without ``now`` neither a newcomer nor one that failed is spared: for what costs an engine next to nothing.
+        """
         self._turn += 1
-        return least_loaded(self.able(model, path, salted), tried, self._turn)
+        return least_loaded(self.able(model, path, salted), tried, self._turn, now)
 
     def able(self, model: str, path: str, salted: bool = False) -> tuple[Endpoint, ...]:
         """Return every endpoint that serves a model on a path, healthy or not.

@@ -190,7 +190,8 @@ class Relay:
     def _attempt(self, now: float, failure: Refusal | None) -> None:
         """Try the next endpoint; ``failure`` is what the last one brought and what the client gets if none is left."""
         order = self._order
-        endpoint = self._pool.choose(order.model, order.route.path, self._tried, order.cache_salt is not None)
+        salted = order.cache_salt is not None
+        endpoint = self._pool.choose(order.model, order.route.path, self._tried, now, salted=salted)
         if endpoint is None:
             self._fail(failure or self._no_engine(), now)
             return
@@ -198,6 +199,7 @@ class Relay:
         self._ticket.endpoint = endpoint.name
         self._replayed = False
         self._take(endpoint)
+        endpoint.sent(now)
         self._send(endpoint, now, fresh=False)
 
     def _take(self, endpoint: Endpoint) -> None:
@@ -299,6 +301,8 @@ class Relay:
         """Send the first events: from here on no other engine is asked, and the body need not be kept."""
         self._wrote = now
         self._state = STREAMING
+        assert self._endpoint is not None
+        self._endpoint.went_well(now)
         self._order.fields.clear()
         if self._committed:
             self._client.send(out)
@@ -383,8 +387,7 @@ class Relay:
         if self._connection is not None:
             self._connection.abort()
             self._connection = None
-        if cause not in (Cause.REQUEST, Cause.STALE):
-            self._metrics.upstream_failed(endpoint.name, cause.value)
+        self._judge(endpoint, cause, now)
         then = Next.GIVE_UP
         if self._state == WAITING:
             then = decide(cause, len(self._tried), self._limits.retries, replayed=self._replayed)
@@ -397,6 +400,16 @@ class Relay:
             self._attempt(now, refusal)
         else:
             self._fail(refusal, now)
+
+    def _judge(self, endpoint: Endpoint, cause: Cause, now: float) -> None:
+        """Account a failed attempt to its endpoint. Whether it can be reached at all is for ``Endpoint.down``."""
+        if cause not in (Cause.REQUEST, Cause.STALE):
+            self._metrics.upstream_failed(endpoint.name, cause.value)
+        if cause in _ENGINES_FAULT:
+            if endpoint.went_wrong(now):
+                self._metrics.endpoint_ejected(endpoint.name)
+        elif cause is not Cause.STALE and cause is not Cause.CONNECT:
+            endpoint.went_well(now)
 
     def _fail(self, refusal: Refusal, now: float) -> None:
         """Tell the client, in whatever way is left."""
@@ -437,7 +450,12 @@ class Relay:
                 connection.release()
             else:
                 connection.abort()
-        self._give_back()
+        endpoint = self._endpoint
+        if endpoint is not None:
+            if outcome is Outcome.OK:
+                endpoint.went_well(now)
+            endpoint.in_flight -= 1
+            self._endpoint = None
         if self._meter is not None and self._meter.usage is not None:
             self._ticket.usage = self._meter.usage
         self._ticket.settle(outcome, status, now)
@@ -552,6 +570,9 @@ class Relay:
         ]
         return SSE_HEADERS + common if stream else [(b"content-type", b"application/json"), *common]
 
+
+_ENGINES_FAULT = frozenset({Cause.BROKEN, Cause.SLOW, Cause.CREDENTIALS})
+"""What speaks against giving an endpoint more work; being full or refusing a bad request does not."""
 
 OUTCOMES = {
     Kind.ENGINE_FAILED: Outcome.ENGINE_FAILED,

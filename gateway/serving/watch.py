@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 
 import httpx
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_fixed
@@ -25,10 +26,19 @@ LOOK_TIMEOUT = 5.0
 class Watcher:
     """Keeps the pool's picture of its endpoints true. ``interval`` and ``down_interval`` are in seconds."""
 
-    def __init__(self, pool: Pool, metrics: Metrics, log: Log, interval: float, down_interval: float) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        metrics: Metrics,
+        log: Log,
+        clock: Callable[[], float],
+        interval: float,
+        down_interval: float,
+    ) -> None:
         self._pool = pool
         self._metrics = metrics
         self._log = log
+        self._clock = clock
         self.interval = interval
         self.down_interval = down_interval
         self._tasks: dict[Endpoint, asyncio.Task[None]] = {}
@@ -78,7 +88,7 @@ class Watcher:
         except (httpx.HTTPError, RetryError, ValueError, OSError) as error:
             endpoint.down(_reason(error))
         else:
-            endpoint.up()
+            endpoint.up(self._clock())
         self._metrics.endpoint_state(endpoint.name, endpoint.healthy, endpoint.in_flight)
         if endpoint.healthy and not (was_healthy and was_seen):
             self._log.say("info", "endpoint_up", endpoint=endpoint.name, models=sorted(endpoint.models))
@@ -88,6 +98,9 @@ class Watcher:
     async def _ask(self, endpoint: Endpoint) -> None:
         engine = endpoint.engine
         await self._get(endpoint, engine.ready_path)
+        if endpoint.seen:
+            # Not at the first look: nothing should keep an engine from its first request.
+            await self._read_load(endpoint)
         if not endpoint.asked:
             return
         served = engine.read_models((await self._get(endpoint, engine.models_path)).content)
@@ -101,6 +114,15 @@ class Watcher:
             self._pool.index()
             if missing := [public for public, _ in endpoint.spec.models or () if public not in targets]:
                 self._log.say("warning", "models_missing", endpoint=endpoint.name, models=missing)
+
+    async def _read_load(self, endpoint: Endpoint) -> None:
+        """Read what the engine says of its load. That it does not tell is no failure: nothing waits for it."""
+        with contextlib.suppress(httpx.HTTPError, OSError):
+            answer = await self._clients[endpoint].get(endpoint.engine.metrics_path)
+            load = endpoint.engine.read_load(answer.content) if answer.status_code == 200 else None
+            if load is not None:
+                endpoint.load, endpoint.load_at = load, self._clock()
+                self._metrics.engine_load(endpoint.name, load, time.time())
 
     async def _get(self, endpoint: Endpoint, path: str) -> httpx.Response:
         # One kept connection may have been closed by the engine just now: that alone is no failure.

@@ -243,7 +243,13 @@ def losses(figures: Figures) -> str:
         better = []
         for subject in figures.subjects:
             value = figures.value(subject, metric)
-            if subject == "direct" or subject.startswith("forebay") or not value or figures.marked(subject, metric.row):
+            # The floor is no gateway: it is there to be compared with, not to be chosen.
+            if (
+                subject in ("direct", "floor")
+                or subject.startswith("forebay")
+                or not value
+                or figures.marked(subject, metric.row)
+            ):
                 continue
             factor = value / own if metric.more_is_better else own / value
             if factor > 1.05:
@@ -282,15 +288,18 @@ def soak(figures: Figures) -> str:
     return "Memory from start to end, in tenths of the run:\n\n" + "\n".join(lines) if lines else ""
 
 
-def conditions(machine: Raw, figures: Figures) -> str:
-    """The machine, the versions, the command, and how quiet the machine was."""
+def conditions(machines: list[Raw], figures: Figures) -> str:
+    """The machine, the versions, the command or commands, and how quiet the machine was."""
+    machine = machines[0]
+    commands = " and ".join(f"`{one['command']}`" for one in machines)
+    versions = {name: version for one in machines for name, version in one["versions"].items()}
     foreign = sorted(sample["foreign"] for sample in figures.all())
     quiet = f"{median(foreign) * 100:.1f} % (median), {foreign[-1] * 100:.1f} % (worst run)" if foreign else NOTHING
     lines = [
-        f"Measured {machine['date']} with `{machine['command']}` (seed {machine['seed']}, {machine['runs']} runs of"
+        f"Measured {machine['date']} with {commands} (seed {machine['seed']}, {machine['runs']} runs of"
         f" {machine['seconds']:g} s a row, medians).",
         f"Machine: {machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, Python {machine['python']}.",
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()) + ".",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         f"Share of the gateway's core taken by anything else during the windows: {quiet}.",
     ]
     return "\n".join(lines)
@@ -312,14 +321,14 @@ def render(lines: Iterable[Raw]) -> str:
     lines = list(lines)
     figures = Figures(lines)
     main = table(figures)
-    machine = next((line for line in lines if line.get("kind") == "machine"), None)
+    machines = [line for line in lines if line.get("kind") == "machine"]
     parts = [
         main,
         _footnotes(main),
         aims(figures),
         losses(figures),
         soak(figures),
-        conditions(machine, figures) if machine else "",
+        conditions(machines, figures) if machines else "",
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -131,6 +131,12 @@ def _naive(place: Place) -> Launch:
     return Launch(port, [*command, *models, "--keys", str(keys)])
 
 
+def _floor(place: Place) -> Launch:
+    port = free_port()
+    command = [sys.executable, "-m", "loadtests.bench.floor", "--port", str(port)]
+    return Launch(port, [*command, "--engine-port", str(place.engine_port)])
+
+
 def forebay_config(place: Place, face: str, port: int, admin_port: int, extra_keys: int = 0) -> str:
     """The configuration under test: everything on. `extra_keys` makes a reload change something."""
     keys = [*place.keys, *(f"sk-bench-extra-{number}" for number in range(extra_keys))]
@@ -250,6 +256,7 @@ SUBJECTS: Mapping[str, Subject] = {
     for subject in (
         Subject("nginx", ENGINE_MODEL, _nginx_version, _nginx),
         Subject("naive", PUBLIC_MODEL, lambda: f"FastAPI {importlib.metadata.version('fastapi')}", _naive),
+        Subject("floor", ENGINE_MODEL, lambda: f"uvloop {importlib.metadata.version('uvloop')}", _floor),
         Subject("forebay-protocol", PUBLIC_MODEL, _this_version, _forebay("protocol")),
         Subject("forebay-asgi", PUBLIC_MODEL, _this_version, _forebay("asgi")),
         *(_peer(name) for name in PEERS),

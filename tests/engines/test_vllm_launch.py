@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from engines.devices import Device
-from engines.launch import LaunchSpec, process_environment
+from engines.devices import Device, Quantization
+from engines.launch import AdapterSlots, LaunchSpec, Parallel, process_environment
 from engines.minder import Address
 from engines.vllm import Vllm
+from tests.support.launches import every_command_line, every_spec
 from tests.support.real_engine import prepared
 
 PYTHON = Path("/env/bin/python")
@@ -127,6 +128,63 @@ def test_the_gateway_s_own_variables_stay_with_the_gateway() -> None:
     assert variables["DO_NOT_TRACK"] == "1"
 
 
+def parsed(lines: list[list[str]], python: Path) -> list[dict[str, Any]]:
+    """Return what vLLM's own parser reads in command lines, by the engine's own Python."""
+    result = subprocess.run(
+        [str(python), "-c", PARSE],
+        input=json.dumps(lines),
+        env={**os.environ, **Vllm().environment(spec())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    read: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    return read
+
+
+@pytest.mark.real_engine
+def test_every_device_quantization_parallelism_and_adapter_is_taken() -> None:
+    environment, _ = prepared()
+    specs = every_spec("vllm")
+    assert {(one.device, one.quantization) for one in specs} >= {
+        (Device.CPU, Quantization.COMPRESSED_TENSORS),
+        (Device.CUDA, Quantization.FP8),
+        (Device.CUDA, Quantization.BNB),
+        (Device.ASCEND, Quantization.MODELSLIM),
+    }
+    for one, read in zip(
+        specs, parsed([line[3:] for line in every_command_line("vllm")], environment.python), strict=True
+    ):
+        sizes = (read["tensor_parallel_size"], read["pipeline_parallel_size"], read["data_parallel_size"])
+        assert sizes == (one.parallel.tensor, one.parallel.pipeline, one.parallel.data)
+        assert (read["quantization"] is None) == (one.quantization is None)
+        assert bool(read["enable_lora"]) == (one.adapters is not None)
+        assert (read["max_num_seqs"], read["max_num_queued_reqs"]) == (64, 256)
+
+
+def test_the_next_rank_that_vllm_takes_is_asked_for() -> None:
+    command = Vllm().command_line(spec(adapters=AdapterSlots(active=2, rank=24)), PYTHON)
+    assert (flag(command, "--max-loras"), flag(command, "--max-lora-rank")) == ("2", "32")
+    assert Vllm().environment(spec(adapters=AdapterSlots()))["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in Vllm().environment(spec())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization": Quantization.FP8}, "no fp8 weights on cpu"),
+        ({"device": Device.CUDA, "quantization": Quantization.MODELSLIM}, "no modelslim weights on cuda"),
+        ({"device": Device.ASCEND, "quantization": Quantization.BNB}, "no bnb weights on ascend"),
+        ({"parallel": Parallel(tensor=2)}, "run several engines instead"),
+        ({"memory_share": 0.5}, "VLLM_CPU_KVCACHE_SPACE"),
+    ],
+)
+def test_what_cannot_work_is_told_with_the_reason(changes: dict[str, Any], reason: str) -> None:
+    [told] = Vllm().obstacles(spec(**changes))
+    assert reason in told
+
+
 @pytest.mark.real_engine
 def test_vllm_s_own_parser_takes_every_command_line() -> None:
     """vLLM refuses flags it does not know; what it read is what was meant."""
@@ -136,17 +194,7 @@ def test_vllm_s_own_parser_takes_every_command_line() -> None:
         spec(Device.CUDA, address=Address(unix=Path("/run/e.sock")), allowed_media_domains=("a.example", "b.example")),
         spec(Device.ASCEND, max_model_len=512, extra_args=("--max-num-seqs", "4")),
     ]
-    lines = [Vllm().command_line(one, environment.python)[3:] for one in specs]
-    result = subprocess.run(
-        [str(environment.python), "-c", PARSE],
-        input=json.dumps(lines),
-        env={**os.environ, **Vllm().environment(spec())},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    cpu, cuda, ascend = json.loads(result.stdout.splitlines()[-1])
+    cpu, cuda, ascend = parsed([Vllm().command_line(one, environment.python)[3:] for one in specs], environment.python)
     assert (cpu["model_tag"], cpu["served_model_name"], cpu["host"], cpu["port"]) == (
         "/models/m",
         ["m"],

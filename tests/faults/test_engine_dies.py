@@ -261,3 +261,54 @@ async def test_a_full_engine_hands_over(pair: Pair) -> None:
         answers = [await gateway.ask(chat(stream=True)) for _ in range(2)]
         assert [answer.events() for answer in answers] == [EVENTS] * 2
     assert len(relayed(second)) == 6
+
+
+async def test_an_engine_that_keeps_failing_is_left_out_for_a_while(pair: Pair) -> None:
+    """Five failures in a row, then it gets nothing for two seconds, then one request decides."""
+    gateway, first, _ = pair
+    first.always(nothing().do(Do.RESET), path=CHAT)
+    answers = [await gateway.ask(chat(stream=True)) for _ in range(30)]
+    assert {answer.status for answer in answers} == {200}
+    assert len(relayed(first)) == 5
+    gateway.clock.advance(2.0)
+    for _ in range(6):
+        await gateway.ask(chat(stream=True))
+    assert len(relayed(first)) == 6
+    # Its trial was lost: out again, twice as long; then it is well and gets its part of the work.
+    first.always(STREAM, path=CHAT)
+    gateway.clock.advance(3.9)
+    await gateway.ask(chat(stream=True))
+    assert len(relayed(first)) == 6
+    gateway.clock.advance(0.1)
+    for _ in range(8):
+        await gateway.ask(chat(stream=True))
+    assert len(relayed(first)) == 6 + 4
+    text = (await gateway.get("/metrics", admin=True)).body.decode()
+    assert f'forebay_endpoint_ejections_total{{endpoint="{first.url}"}} 2.0' in text
+    await gateway.idle()
+
+
+async def test_the_last_engine_is_asked_however_often_it_failed(pair: Pair) -> None:
+    """Refusing everybody for a while because of a burst of errors is what other gateways do."""
+    gateway, first, second = pair
+    for engine in (first, second):
+        engine.always(nothing().do(Do.RESET), path=CHAT)
+    failed = [await gateway.ask(chat(stream=True)) for _ in range(10)]
+    assert {answer.status for answer in failed} == {502}
+    for engine in (first, second):
+        engine.always(STREAM, path=CHAT)
+    answer = await gateway.ask(chat(stream=True))
+    assert (answer.status, answer.events()) == (200, EVENTS)
+    await gateway.idle()
+
+
+async def test_bad_requests_and_full_engines_speak_against_nobody(pair: Pair) -> None:
+    gateway, first, second = pair
+    for engine in (first, second):
+        engine.always(play(load("vllm", "err_temperature_neg")), path=CHAT)
+    assert {(await gateway.ask(chat(temperature=-1))).status for _ in range(12)} == {400}
+    for engine in (first, second):
+        engine.always(play(load("vllm", "s2_over_1")), path=CHAT)
+    for _ in range(12):
+        await gateway.ask(chat())
+    assert all(endpoint.trusted(gateway.clock()) for endpoint in gateway.replica.pool.endpoints)

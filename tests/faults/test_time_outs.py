@@ -199,7 +199,10 @@ async def test_another_engine_is_asked_when_a_connection_does_not_come(
     with black_hole() as (host, port):
         gone = Upstream(url=f"http://{host}:{port}", models={MODEL: ENGINE_MODEL})
         gateway = await start_gateway(gone, serving(upstream), timeouts=TIMES)
-        gateway.replica.pool.endpoints[0].up()
+        # Long up, both of them: of two newcomers the one that came earlier would get both requests.
+        for endpoint in gateway.replica.pool.endpoints:
+            endpoint.up()
+            endpoint.ramp_until = 0.0
         # One of the two requests meets the engine that cannot be reached, whichever is asked first.
         clients = [await connect(gateway.url) for _ in range(2)]
         for client in clients:
