@@ -166,7 +166,10 @@ class Sglang:
         return wire.read_models(body)
 
     def read_load(self, body: bytes) -> EngineLoad | None:
-        """Read SGLang's gauges, without those that tell the same requests once more by their priority."""
+        """Read SGLang's gauges, without those that tell the same requests once more by their priority.
+
+        They are of its last report: every 40 steps while it works; that its queue has emptied it may tell 30 s late.
+        """
         lines = (line for line in body.splitlines() if b'priority="' not in line or b'priority=""' in line)
         return wire.load_from(wire.read_gauges(b"\n".join(lines), _GAUGES))
 

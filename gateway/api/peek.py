@@ -110,7 +110,7 @@ def _at_a_glance(body: bytes, fields: Fields, route: Route, caps: Caps) -> Asked
     for name in route.token_fields:
         value: int | None = getattr(view, name)
         if value is not None:
-            if not 0 <= value < 2**31:
+            if not 0 < value < 2**31:
                 return None
             stated = value if stated is None else stated
     options = fields.get("stream_options")
@@ -252,6 +252,9 @@ def _hold_caps(fields: dict[str, msgspec.Raw], route: Route, caps: Caps) -> int 
             return value
         if value is None:
             continue
+        if value == 0:
+            # SGLang answers with nothing, the others refuse it.
+            return Refusal(Kind.INVALID, f"{name!r} must be at least 1.", name)
         if caps.max_tokens is not None and value > caps.max_tokens:
             told = f"This key may ask for at most {caps.max_tokens} output tokens; {name!r} is {value}."
             return Refusal(Kind.INVALID, told, name)

@@ -424,6 +424,8 @@ def test_the_output_limit_is_capped(path: str, name: str) -> None:
     assert "100" in message
     assert "101" in message
     assert asked(ask(path, **{name: 10**6})).max_tokens == 10**6
+    assert "at least 1" in refused(ask(path, **{name: 0}), Kind.INVALID, name)
+    assert "at least 1" in refused(ask(path, caps, **{name: 0}), Kind.INVALID, name)
 
 
 @pytest.mark.parametrize(
