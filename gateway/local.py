@@ -211,10 +211,11 @@ class PreparedEngine:
 
     def private_spec(self, settings: Settings, directory: Path) -> LaunchSpec:
         """How to start it for the gateway alone: on a Unix socket in `directory`, or on its port with a key."""
-        if self.settings.port:
-            return self.spec(settings, Address(port=self.settings.port), secrets.token_hex(32))
-        if Capability.UNIX_SOCKET not in ENGINES[self.settings.kind].capabilities:
-            return self.spec(settings, Address(port=_bind("127.0.0.1", 0)), secrets.token_hex(32))
+        port = self.settings.port
+        if not port and Capability.UNIX_SOCKET not in ENGINES[self.settings.kind].capabilities:
+            port = _bind("127.0.0.1", 0)
+        if port:
+            return self.spec(settings, Address(port=port), secrets.token_hex(32))
         # Short, and another one for each gateway that shares the data directory: a port is one gateway's alone.
         name = f"{settings.listen.port}-{settings.engines.index(self.settings)}.sock"
         return self.spec(settings, Address(unix=directory / name), None)

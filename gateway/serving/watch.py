@@ -115,7 +115,6 @@ class Watcher:
             answer = await self._clients[endpoint].get(endpoint.engine.metrics_path)
             load = endpoint.engine.read_load(answer.content) if answer.status_code == 200 else None
             if load is not None:
-                endpoint.load, endpoint.load_at = load, self._clock()
                 self._metrics.engine_load(endpoint.name, load, time.time())
 
     async def _get(self, endpoint: Endpoint, path: str) -> httpx.Response:
