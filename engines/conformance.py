@@ -46,6 +46,10 @@ class CheckFailed(Exception):  # noqa: N818 - a finding, not a fault of this pro
     """The engine does not do what was asked; the text says what came instead."""
 
 
+class TrialError(Exception):
+    """The checks cannot be run; the text says why and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """An engine behind a gateway.
