@@ -444,14 +444,14 @@ def engines_check(
     import asyncio
 
     from engines.conformance import Result
-    from gateway.settings import Upstream
     from gateway.trial import check_engine
 
     def tell(result: Result) -> None:
         detail = f": {result.detail}" if result.detail else f"  ({result.seconds:.1f} s)"
         typer.echo(f"{result.verdict:<11} {result.check.name:<20} {result.check.told}{detail}")
 
-    upstream = Upstream(url=url, engine=kind, **({"api_key_env": api_key_env} if api_key_env else {}))
+    given = {"url": url, "engine": kind} | ({"api_key_env": api_key_env} if api_key_env else {})
+    upstream = load(None, {"upstreams": [given]}).upstreams[0]
     good = asyncio.run(check_engine(upstream, model, adapter, max_model_len, only or (), tell))
     raise typer.Exit(0 if good else 1)
 
