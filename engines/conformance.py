@@ -46,6 +46,10 @@ class CheckFailed(Exception):  # noqa: N818 - a finding, not a fault of this pro
     """The engine does not do what was asked; the text says what came instead."""
 
 
+class TrialError(Exception):
+    """The checks cannot be run; the text says why and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """An engine behind a gateway.
@@ -70,22 +74,26 @@ class Check:
     told: str
     needs: Capability
     run: Callable[[Subject], Awaitable[None]]
-    with_adapter: bool = False
     with_load: bool = False
+
+    @property
+    def with_adapter(self) -> bool:
+        """Whether it can be tried only where an adapter is served."""
+        return Capability.ADAPTERS in self.needs
 
 
 CHECKS: dict[str, Check] = {}
 
 
 def check(
-    needs: Capability = NONE, *, with_adapter: bool = False, with_load: bool = False
+    needs: Capability = NONE, *, with_load: bool = False
 ) -> Callable[[Callable[[Subject], Awaitable[None]]], Callable[[Subject], Awaitable[None]]]:
     """Add a function to the list; its docstring is what the check says of itself."""
 
     def add(run: Callable[[Subject], Awaitable[None]]) -> Callable[[Subject], Awaitable[None]]:
         name = run.__name__.removeprefix("check_")
         told = (run.__doc__ or "").strip().splitlines()[0]
-        CHECKS[name] = Check(name, told, needs, run, with_adapter, with_load)
+        CHECKS[name] = Check(name, told, needs, run, with_load)
         return run
 
     return add
@@ -256,7 +264,6 @@ async def check_stream(subject: Subject) -> None:
 @check()
 async def check_stream_usage(subject: Subject) -> None:
     """A stream that is asked for usage tells it once, in a last chunk without choices."""
-    seen = []
     async with _stream(subject, stream_options={"include_usage": True}) as chunks:
         seen = [chunk async for chunk in chunks]
     told = [chunk for chunk in seen if chunk.get("usage")]
@@ -397,7 +404,7 @@ async def check_control_fields(subject: Subject) -> None:
         await _refused(subject, 400, None, _chat(subject, **{name: "x"}))
 
 
-@check(Capability.ADAPTERS, with_adapter=True)
+@check(Capability.ADAPTERS)
 async def check_adapter(subject: Subject) -> None:
     """An adapter answers under its own name, otherwise than its base; the base stays as it was."""
     base = _text(await _answer(subject))
@@ -406,7 +413,7 @@ async def check_adapter(subject: Subject) -> None:
     _want(_text(await _answer(subject)) == base, "the base answers otherwise after the adapter was used")
 
 
-@check(Capability.ADAPTERS, with_adapter=True)
+@check(Capability.ADAPTERS)
 async def check_adapter_in_a_crowd(subject: Subject) -> None:
     """Requests for adapter and base at the same time get their own answers."""
     names = [subject.model, subject.adapter] * 4

@@ -243,19 +243,14 @@ def _rank(wanted: int) -> int:
 
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_QUANTIZATIONS_ON_CPU = {
+    Quantization.GPTQ: "gptq",
+    Quantization.AWQ: "awq",
+    Quantization.COMPRESSED_TENSORS: "compressed-tensors",
+}
 _QUANTIZATIONS = {
-    Device.CPU: {
-        Quantization.GPTQ: "gptq",
-        Quantization.AWQ: "awq",
-        Quantization.COMPRESSED_TENSORS: "compressed-tensors",
-    },
-    Device.CUDA: {
-        Quantization.GPTQ: "gptq",
-        Quantization.AWQ: "awq",
-        Quantization.COMPRESSED_TENSORS: "compressed-tensors",
-        Quantization.FP8: "fp8",
-        Quantization.BNB: "bitsandbytes",
-    },
+    Device.CPU: _QUANTIZATIONS_ON_CPU,
+    Device.CUDA: {**_QUANTIZATIONS_ON_CPU, Quantization.FP8: "fp8", Quantization.BNB: "bitsandbytes"},
     # What the plugin vllm-ascend takes: ModelSlim's own files under its own name, and compressed-tensors.
     Device.ASCEND: {
         Quantization.MODELSLIM: "ascend",

@@ -115,27 +115,22 @@ def with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(wanted))
 
 
-class _ListedModel(msgspec.Struct):
-    id: str
-    created: int = 0
-    max_model_len: int | None = None
-    parent: str | None = None
-
-
-class _ModelList(msgspec.Struct):
-    data: list[_ListedModel]
-
-
-_decode_models = msgspec.json.Decoder(_ModelList).decode
-
-
 def read_models(body: bytes) -> tuple[ServedModel, ...]:
     """Read OpenAI's list of models, with the base model where an engine tells it as ``parent``. ValueError."""
-    try:
-        listed = _decode_models(body).data
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its list of models cannot be read: {error}") from None
-    return tuple(ServedModel(model.id, model.created, model.max_model_len, model.parent) for model in listed)
+    data = parse(body).get("data")
+    if not isinstance(data, list):
+        raise ValueError("its list of models cannot be read")  # noqa: TRY004 - the caller knows one kind
+    return tuple(_listed(item) for item in data if isinstance(item, dict) and isinstance(item.get("id"), str))
+
+
+def _listed(item: dict[str, Any]) -> ServedModel:
+    created, length, parent = item.get("created"), item.get("max_model_len"), item.get("parent")
+    return ServedModel(
+        item["id"],
+        created if isinstance(created, int) else 0,
+        length if isinstance(length, int) else None,
+        parent if isinstance(parent, str) else None,
+    )
 
 
 def read_gauges(body: bytes, names: Mapping[str, str]) -> dict[str, float]:

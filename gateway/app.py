@@ -19,7 +19,6 @@ from importlib import metadata
 from pathlib import Path
 
 from adapters.catalogue import Catalogue
-from engines.discovery import Found
 from engines.registry import ENGINES
 from gateway.api.asgi import AsgiFace
 from gateway.api.auth import Authenticator
@@ -80,7 +79,9 @@ class Replica:
         )
         looks = settings.discovery
         self.watcher = Watcher(self.pool, self.metrics, self.log, clock, looks.interval, looks.down_interval)
-        self.finder = Finder(endpoint_spec, self._refresh_endpoints, self.log, looks.dns_interval)
+        self.finder = Finder(endpoint_spec, self._refresh_endpoints, self.log)
+        self._named: list[EndpointSpec] = []
+        """The endpoints that the configuration names one by one."""
         self.listeners: list[Listener] = []
         self._protocols: list[type[ForebayProtocol]] = []
         self._stamp = self._file_stamp()
@@ -108,9 +109,11 @@ class Replica:
         # Bound before anything that takes time: an address in use is told at once.
         self._make_listeners()
         await self.keyring.start()
-        added, _ = self.pool.configure(endpoint_specs(settings), int(time.time()))
+        plan = self.finder.plan(settings.upstreams, settings.discovery.dns_interval)
+        self._named = endpoint_specs(settings)
+        added, _ = self.pool.configure(self._named, int(time.time()))
         await self.watcher.watch(added)
-        await self.finder.configure(settings.upstreams)
+        await self.finder.follow(plan)
         for listener in self.listeners:
             await listener.open()
         self.deadlines.start()
@@ -189,9 +192,9 @@ class Replica:
         try:
             # A file of a thousand keys takes a while to read: the streams go on meanwhile.
             settings, configuration = await asyncio.to_thread(_load_and_mark, self._path)
-            specs = endpoint_specs(settings)
+            named = endpoint_specs(settings)
+            plan = self.finder.plan(settings.upstreams, settings.discovery.dns_interval)
             await self.keyring.reconfigure(settings)
-            await self.finder.configure(settings.upstreams)
         except (ConfigError, StateError, ValueError) as error:
             problems = error.problems if isinstance(error, ConfigError) else [str(error)]
             self.metrics.reloaded(False)
@@ -199,7 +202,9 @@ class Replica:
             return problems
         changes = diff(self.settings, settings)
         self._apply(settings)
-        await self._change_endpoints([*specs, *self.finder.specs()])
+        self._named = named
+        await self.finder.follow(plan)
+        await self._change_endpoints()
         self.metrics.reloaded(True)
         self.log.say("info", "reloaded", changed=changes.live, configuration=configuration)
         if "auth" in changes.live:
@@ -224,11 +229,11 @@ class Replica:
     async def _refresh_endpoints(self) -> None:
         """Take over what was found to have come or gone."""
         async with self._reloading:
-            await self._change_endpoints([*endpoint_specs(self.settings), *self.finder.specs()], configured=False)
+            await self._change_endpoints(configured=False)
 
-    async def _change_endpoints(self, specs: list[EndpointSpec], *, configured: bool = True) -> None:
+    async def _change_endpoints(self, *, configured: bool = True) -> None:
         """Take endpoints in and out; requests under way at one that goes finish there."""
-        added, gone = self.pool.configure(specs, int(time.time()))
+        added, gone = self.pool.configure([*self._named, *self.finder.specs()], int(time.time()))
         await self.watcher.watch(added)
         await self.watcher.forget(gone)
         for endpoint in gone:
@@ -361,18 +366,16 @@ def endpoint_specs(settings: Settings) -> list[EndpointSpec]:
     return [endpoint_spec(upstream) for upstream in settings.upstreams if upstream.discover is None]
 
 
-def endpoint_spec(upstream: Upstream, found: Found | None = None) -> EndpointSpec:
-    """Return an endpoint as it is configured, or one of those that were found. Raises ConfigError."""
+def endpoint_spec(upstream: Upstream) -> EndpointSpec:
+    """Return an endpoint as it is configured. Raises ConfigError."""
     engine = ENGINES.get(upstream.engine)
     if engine is None:
         raise ConfigError([f"upstream {upstream.url}: unknown engine {upstream.engine!r}"])
-    name = upstream.name or upstream.url
-    url = upstream.url if found is None else f"http://{found.authority}"
     return EndpointSpec(
-        name=name if found is None else f"{name}/{found.authority}",
-        url=url,
+        name=upstream.name or upstream.url,
+        url=upstream.url,
         engine=engine,
-        address=_address(upstream) if found is None else parse_address(url),
+        address=_address(upstream),
         api_key=upstream.credential(),
         models=tuple(sorted(upstream.models.items())) if upstream.models is not None else None,
         max_connections=upstream.max_connections,

@@ -52,6 +52,7 @@ class ExplainingGroup(TyperGroup):
 
 def _expected(error: Exception) -> list[str] | None:
     """What to say of a failure that rooms explain themselves; None for any other."""
+    from engines.conformance import TrialError
     from engines.minder import MinderError
     from engines.steps import EngineSetupError
     from gateway.local import StartError
@@ -59,7 +60,7 @@ def _expected(error: Exception) -> list[str] | None:
 
     if isinstance(error, ConfigError):
         return error.problems
-    if isinstance(error, CommandError | StartError | StateError | EngineSetupError | MinderError):
+    if isinstance(error, CommandError | StartError | StateError | TrialError | EngineSetupError | MinderError):
         return [str(error)]
     return None
 
@@ -444,18 +445,15 @@ def engines_check(
     import asyncio
 
     from engines.conformance import Result
-    from gateway.settings import Upstream
-    from gateway.trial import TrialError, check_engine
+    from gateway.trial import check_engine
 
     def tell(result: Result) -> None:
         detail = f": {result.detail}" if result.detail else f"  ({result.seconds:.1f} s)"
         typer.echo(f"{result.verdict:<11} {result.check.name:<20} {result.check.told}{detail}")
 
-    upstream = Upstream(url=url, engine=kind, **({"api_key_env": api_key_env} if api_key_env else {}))
-    try:
-        good = asyncio.run(check_engine(upstream, model, adapter, max_model_len, only or (), tell))
-    except TrialError as error:
-        raise CommandError(str(error)) from None
+    given = {"url": url, "engine": kind} | ({"api_key_env": api_key_env} if api_key_env else {})
+    upstream = load(None, {"upstreams": [given]}).upstreams[0]
+    good = asyncio.run(check_engine(upstream, model, adapter, max_model_len, only or (), tell))
     raise typer.Exit(0 if good else 1)
 
 

@@ -3,43 +3,64 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from urllib.parse import urlsplit
 
 from engines.discovery import DnsSource, Found, KubernetesSource, Source, follow, in_cluster
 from gateway.log import Log
 from gateway.serving.pool import EndpointSpec
+from gateway.serving.upstream import parse_address
 from gateway.settings import ConfigError, Upstream
 
-Specify = Callable[[Upstream, Found], EndpointSpec]
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """An upstream with ``discover``: where its engines are found, and what each of them is but for its address."""
+
+    source: Source
+    template: EndpointSpec
+
+
+Plan = Mapping[str, Followed]
+"""What is to be followed, by how and under which URL: each is followed once."""
 
 
 class Finder:
     """One task for each upstream with ``discover``. ``changed`` is awaited after each change."""
 
-    def __init__(self, specify: Specify, changed: Callable[[], Awaitable[None]], log: Log, dns_interval: float) -> None:
+    def __init__(
+        self, specify: Callable[[Upstream], EndpointSpec], changed: Callable[[], Awaitable[None]], log: Log
+    ) -> None:
         self._specify = specify
         self._changed = changed
         self._log = log
-        self.dns_interval = dns_interval
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._upstreams: dict[str, Upstream] = {}
+        self._plan: Plan = {}
         self._found: dict[str, frozenset[Found]] = {}
 
-    async def configure(self, upstreams: Iterable[Upstream]) -> None:
-        """Follow these from now on. Those followed already go on. Raises ConfigError; then nothing has changed."""
-        wanted = {f"{one.discover} {one.url}": one for one in upstreams if one.discover is not None}
-        sources = {key: self._source(one) for key, one in wanted.items() if key not in self._tasks}
-        await self._leave([key for key in self._tasks if key not in wanted])
-        self._upstreams = wanted
-        for key, source in sources.items():
-            self._tasks[key] = asyncio.create_task(follow(source, partial(self._take, key)), name=f"discover {key}")
+    def plan(self, upstreams: Iterable[Upstream], dns_interval: float) -> Plan:
+        """Return what ``follow`` is to be given; changes nothing. Raises ConfigError."""
+        discovered = [upstream for upstream in upstreams if upstream.discover is not None]
+        return {
+            f"{one.discover} {one.url}": Followed(self._source(one, dns_interval), self._specify(one))
+            for one in discovered
+        }
+
+    async def follow(self, plan: Plan) -> None:
+        """Follow these from now on. Those followed already go on as they were begun."""
+        await self._leave([key for key in self._tasks if key not in plan])
+        self._plan = plan
+        for key, followed in plan.items():
+            if key not in self._tasks:
+                following = follow(followed.source, partial(self._take, key))
+                self._tasks[key] = asyncio.create_task(following, name=f"discover {key}")
 
     def specs(self) -> list[EndpointSpec]:
         """Return every endpoint that is there now."""
-        there = [(self._upstreams[key], found) for key, found in self._found.items()]
-        return [self._specify(upstream, one) for upstream, found in there for one in sorted(found)]
+        there = [(self._plan[key].template, found) for key, found in self._found.items()]
+        return [_at(template, one) for template, found in there for one in sorted(found)]
 
     async def stop(self) -> None:
         """Follow nothing any more."""
@@ -55,24 +76,23 @@ class Finder:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _take(self, key: str, found: frozenset[Found]) -> None:
-        upstream = self._upstreams[key]
         before = self._found.get(key, frozenset())
         self._found[key] = found
         self._log.say(
             "info",
             "endpoints_found",
-            upstream=upstream.name or upstream.url,
+            upstream=self._plan[key].template.name,
             came=[one.authority for one in sorted(found - before)],
             went=[one.authority for one in sorted(before - found)],
         )
         await self._changed()
 
-    def _source(self, upstream: Upstream) -> Source:
+    def _source(self, upstream: Upstream, dns_interval: float) -> Source:
         parts = urlsplit(upstream.url)
         assert parts.hostname is not None and parts.port is not None
         tell = partial(self._trouble, upstream.name or upstream.url)
         if upstream.discover == "dns":
-            return DnsSource(parts.hostname, parts.port, self.dns_interval, tell)
+            return DnsSource(parts.hostname, parts.port, dns_interval, tell)
         cluster = in_cluster()
         if cluster is None:
             told = (
@@ -84,3 +104,9 @@ class Finder:
 
     def _trouble(self, upstream: str, why: str) -> None:
         self._log.say("warning", "discovery_trouble", upstream=upstream, why=why)
+
+
+def _at(template: EndpointSpec, found: Found) -> EndpointSpec:
+    """Return one of the engines that were found."""
+    url = f"http://{found.authority}"
+    return replace(template, name=f"{template.name}/{found.authority}", url=url, address=parse_address(url))

@@ -777,7 +777,7 @@ def json_schema() -> dict[str, Any]:
 
 
 # What is bound, opened or started once; everything else is read anew for each request or each look.
-NEEDS_RESTART = ("listen", "admin", "state", "log.file", "data_dir", "engines")
+NEEDS_RESTART = ("listen", "admin", "state", "log.file", "data_dir", "engines", "discovery.dns_interval")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,24 +6,20 @@ A gateway is started in this process in front of the engine, on a free loopback 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
 
-from engines.conformance import CHECKS, Result, Subject, Verdict, run_checks
-from engines.protocol import EngineLoad
-from engines.registry import ENGINES
-from gateway.app import Replica
+from engines.conformance import CHECKS, Result, Subject, TrialError, Verdict, run_checks
+from gateway.app import Replica, endpoint_spec
+from gateway.serving.watch import client_for, read_load
 from gateway.settings import Settings, Upstream, load
 
 ANSWER_WITHIN = 300.0
 """Seconds for one answer: an engine on a CPU is slow."""
-
-
-class TrialError(Exception):
-    """The checks cannot be run; the text says why and what to do."""
 
 
 @asynccontextmanager
@@ -76,30 +72,10 @@ async def subject_of(
         length = max_model_len or listed[chosen].get("max_model_len")
         if length is None:
             raise TrialError("the engine does not tell how long its context is; say it: --max-model-len TOKENS")
-        direct = await stack.enter_async_context(direct_client(upstream))
-        engine = ENGINES[upstream.engine]
-        yield Subject(client, chosen, engine.capabilities, length, adapter, load_reader(upstream.engine, direct))
-
-
-def direct_client(upstream: Upstream) -> httpx.AsyncClient:
-    """Return a client of the engine itself, past the gateway: for its own figures only."""
-    key = upstream.credential()
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    if upstream.url.startswith("unix:"):
-        transport = httpx.AsyncHTTPTransport(uds=upstream.url.removeprefix("unix:"))
-        return httpx.AsyncClient(base_url="http://engine", transport=transport, headers=headers)
-    return httpx.AsyncClient(base_url=upstream.url, headers=headers, trust_env=False)
-
-
-def load_reader(kind: str, client: httpx.AsyncClient) -> Callable[[], Awaitable[EngineLoad | None]]:
-    """Return what reads an engine's own load."""
-    engine = ENGINES[kind]
-
-    async def read() -> EngineLoad | None:
-        answer = await client.get(engine.metrics_path)
-        return engine.read_load(answer.content) if answer.status_code == 200 else None
-
-    return read
+        spec = endpoint_spec(upstream)
+        direct = await stack.enter_async_context(client_for(spec))
+        capabilities = spec.engine.capabilities
+        yield Subject(client, chosen, capabilities, length, adapter, partial(read_load, direct, spec.engine))
 
 
 async def check_engine(

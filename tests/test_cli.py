@@ -361,3 +361,23 @@ def test_serve_in_front_of_a_running_engine_needs_no_child(start: Start, tmp_pat
             assert command.end(signal.SIGTERM) == 0
         finally:
             running.terminate()
+
+
+# --- checks on an engine of one's own --------------------------------------------------------------------------------
+
+
+def test_an_engine_that_is_not_there_cannot_be_checked() -> None:
+    port = free_port()
+    said = refused("engines", "check", f"http://127.0.0.1:{port}")
+    assert said == f"no engine of kind vllm answers at http://127.0.0.1:{port}, or it serves nothing"
+
+
+def test_an_engine_that_is_named_wrongly_is_told_as_a_configuration_would_tell_it() -> None:
+    said = refused("engines", "check", "unix:run/engine.sock")
+    assert said.startswith("upstreams[0].url: names no absolute path of a socket")
+    assert "did you mean vllm?" in refused("engines", "check", "http://127.0.0.1:1", "--engine", "vlm")
+
+
+def test_a_check_that_does_not_exist_is_told_with_those_that_do() -> None:
+    said = refused("engines", "check", "http://127.0.0.1:1", "--only", "speed")
+    assert said.startswith("there is no check 'speed'; there are models, chat, ")

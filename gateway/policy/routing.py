@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from math import inf
 from typing import Protocol, TypeVar
 
 LEAST_SHARE = 0.1
@@ -41,8 +42,7 @@ def least_loaded(candidates: Sequence[C], tried: Collection[C], start: int, now:
         only = candidates[0]
         return only if only not in tried and only.available else None
     best: C | None = None
-    spare: C | None = None
-    least = least_spare = 0.0
+    least = (True, inf)
     count = len(candidates)
     for offset in range(count):
         candidate = candidates[(start + offset) % count]
@@ -52,15 +52,13 @@ def least_loaded(candidates: Sequence[C], tried: Collection[C], start: int, now:
         if candidate.ramp_until > now:
             # The request to come counts too: an empty newcomer must not look better than an empty old hand.
             load = (load + 1) / share(candidate.ramp_from, candidate.ramp_until, now) - 1
-        if not candidate.trusted(now):
-            if spare is None or load < least_spare:
-                spare, least_spare = candidate, load
-            continue
-        if best is None or load < least:
-            best, least = candidate, load
-            if load == 0:
+        trusted = candidate.trusted(now)
+        rank = (not trusted, load)
+        if rank < least:
+            best, least = candidate, rank
+            if trusted and load == 0:
                 break
-    return best or spare
+    return best
 
 
 def share(since: float, until: float, now: float) -> float:

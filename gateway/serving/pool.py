@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from adapters.catalogue import Catalogue, Model
-from engines.protocol import Capability, Engine, EngineLoad, Target
+from engines.protocol import Capability, Engine, Target
 from gateway.policy.breaker import NEW, Breaker, BreakerRules, Event, State, step
 from gateway.policy.routing import least_loaded
 from gateway.serving.upstream import Address, Connections
@@ -47,9 +47,6 @@ class Endpoint:
         """What speaks against giving it work, by how its last requests ended."""
         self.ramp_from = 0.0
         self.ramp_until = 0.0
-        self.load: EngineLoad | None = None
-        """What the engine last said of itself, and when: a second opinion that no decision waits for."""
-        self.load_at = 0.0
         self.name = spec.name
         self.engine = spec.engine
         self.connections = Connections(spec.address, spec.max_connections)

@@ -450,12 +450,9 @@ class Relay:
                 connection.release()
             else:
                 connection.abort()
-        endpoint = self._endpoint
-        if endpoint is not None:
-            if outcome is Outcome.OK:
-                endpoint.went_well(now)
-            endpoint.in_flight -= 1
-            self._endpoint = None
+        if outcome is Outcome.OK and self._endpoint is not None:
+            self._endpoint.went_well(now)
+        self._give_back()
         if self._meter is not None and self._meter.usage is not None:
             self._ticket.usage = self._meter.usage
         self._ticket.settle(outcome, status, now)

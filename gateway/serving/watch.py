@@ -14,10 +14,10 @@ import httpx
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from adapters.catalogue import Model
-from engines.protocol import Target
+from engines.protocol import Engine, EngineLoad, Target
 from gateway.log import Log
 from gateway.metrics import Metrics
-from gateway.serving.pool import Endpoint, Pool
+from gateway.serving.pool import Endpoint, EndpointSpec, Pool
 
 LOOK_TIMEOUT = 5.0
 """Seconds an endpoint has to answer a look."""
@@ -48,7 +48,7 @@ class Watcher:
         """Look at new endpoints once, all at the same time, and keep looking from then on."""
         endpoints = list(endpoints)
         for endpoint in endpoints:
-            self._clients[endpoint] = _client_for(endpoint)
+            self._clients[endpoint] = client_for(endpoint.spec)
         await asyncio.gather(*(self.look(endpoint) for endpoint in endpoints))
         for endpoint in endpoints:
             self._tasks[endpoint] = asyncio.create_task(self._keep_looking(endpoint), name=f"watch {endpoint.name}")
@@ -118,10 +118,8 @@ class Watcher:
     async def _read_load(self, endpoint: Endpoint) -> None:
         """Read what the engine says of its load. That it does not tell is no failure: nothing waits for it."""
         with contextlib.suppress(httpx.HTTPError, OSError):
-            answer = await self._clients[endpoint].get(endpoint.engine.metrics_path)
-            load = endpoint.engine.read_load(answer.content) if answer.status_code == 200 else None
+            load = await read_load(self._clients[endpoint], endpoint.engine)
             if load is not None:
-                endpoint.load, endpoint.load_at = load, self._clock()
                 self._metrics.engine_load(endpoint.name, load, time.time())
 
     async def _get(self, endpoint: Endpoint, path: str) -> httpx.Response:
@@ -135,15 +133,22 @@ class Watcher:
         return response
 
 
-def _client_for(endpoint: Endpoint) -> httpx.AsyncClient:
-    address = endpoint.spec.address
-    headers = {} if endpoint.spec.api_key is None else {"authorization": f"Bearer {endpoint.spec.api_key}"}
+async def read_load(client: httpx.AsyncClient, engine: Engine) -> EngineLoad | None:
+    """Return what an engine says of its own load, None when it does not tell. Raises httpx.HTTPError."""
+    answer = await client.get(engine.metrics_path)
+    return engine.read_load(answer.content) if answer.status_code == 200 else None
+
+
+def client_for(spec: EndpointSpec) -> httpx.AsyncClient:
+    """Return a client that speaks to an engine itself, past the relay."""
+    address = spec.address
+    headers = {} if spec.api_key is None else {"authorization": f"Bearer {spec.api_key}"}
     if address.unix is not None:
         transport = httpx.AsyncHTTPTransport(uds=address.unix)
         base = "http://localhost"
     else:
         transport = httpx.AsyncHTTPTransport(verify=address.tls or False)
-        base = endpoint.spec.url
+        base = spec.url
     return httpx.AsyncClient(base_url=base, transport=transport, headers=headers, timeout=LOOK_TIMEOUT, trust_env=False)
 
 

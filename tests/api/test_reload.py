@@ -245,6 +245,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"upstreams": [{"url": "http://host", "engine": "vlm"}]}, "upstreams[0].engine"),
     ({"upstreams": [{"url": "https://host", "ca_file": "/nowhere/ca.pem"}]}, "ca.pem"),
     ({"timeouts": {"idle": "soon"}}, "timeouts.idle"),
+    ({"keys": [], "upstreams": [{"url": "http://vllm:8000", "discover": "kubernetes"}]}, "inside a cluster only"),
 ]
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines import wire
-from engines.protocol import Dispatch, Fault, plain_target
+from engines.protocol import Dispatch, EngineLoad, Fault, ServedModel, plain_target
 from engines.registry import ENGINES
 from engines.vllm import Vllm
 from gateway.api.routes import RELAYED
@@ -232,3 +232,69 @@ def test_every_engine_says_what_the_gateway_needs() -> None:
         assert all(path.startswith("/") for path in (*engine.paths.values(), engine.ready_path, engine.models_path))
         for field in ("model", "messages", "prompt", "input", "stream", "n", "max_tokens", "tools", "temperature"):
             assert field not in engine.control_fields
+
+
+# --- the control plane -----------------------------------------------------------------------------------------------
+
+
+def test_what_can_be_read_of_a_list_of_models_is() -> None:
+    """An entry that is none, or says something odd of itself, takes no other model away."""
+    listed = VLLM.read_models(
+        b'{"object":"list","data":[{"id":"base","created":7,"max_model_len":2048,"parent":null},'
+        b'{"id":"support","created":1.5,"max_model_len":null,"parent":"base"},{"id":5},"x",{"created":1}]}'
+    )
+    assert listed == (ServedModel("base", 7, 2048), ServedModel("support", base="base"))
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"data":{}}', b"<html>", b'{"data":' + b"[" * 100_000])
+def test_what_is_no_list_of_models_is_told(body: bytes) -> None:
+    with pytest.raises(ValueError, match="list of models"):
+        VLLM.read_models(body)
+
+
+def test_an_engines_load_is_read_out_of_its_gauges() -> None:
+    text = (
+        b"# HELP vllm:num_requests_running Number of requests\n# TYPE vllm:num_requests_running gauge\n"
+        b'vllm:num_requests_running{engine="0",model_name="m"} 3.0\nvllm:num_requests_running{engine="1"} 2.0\n'
+        b'vllm:num_requests_waiting{engine="0"} 4.0\nvllm:num_requests_waiting_by_reason{reason="x"} 9.0\n'
+        b'vllm:kv_cache_usage_perc{engine="0"} 0.25\n'
+    )
+    assert VLLM.read_load(text) == EngineLoad(5, 4, 0.25)
+    assert VLLM.read_load(b"vllm:num_requests_running 1.0\nvllm:num_requests_waiting 0.0\n") == EngineLoad(1, 0)
+    assert VLLM.read_load(b"vllm:num_requests_running 1.0\nvllm:num_requests_waiting much\n") is None
+    assert VLLM.read_load(b"") is None
+
+
+def test_adapters_are_loaded_from_where_they_stay() -> None:
+    """Never in place: a name that means other weights than before answers for somebody else."""
+    load = VLLM.load_adapter("a@1", "/adapters/a1")
+    assert (load.method, load.path) == ("POST", "/v1/load_lora_adapter")
+    assert json.loads(load.body) == {"lora_name": "a@1", "lora_path": "/adapters/a1"}
+    unload = VLLM.unload_adapter("a@1")
+    assert (unload.path, json.loads(unload.body)) == ("/v1/unload_lora_adapter", {"lora_name": "a@1"})
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (400, "The lora adapter 'a' has already been loaded. If you want to load the adapter in place, set it."),
+        (404, "The lora adapter 'a' cannot be found."),
+    ],
+)
+def test_an_adapter_that_is_as_wanted_already_is_no_failure(status: int, message: str) -> None:
+    body = json.dumps({"error": {"message": message, "type": "X", "param": None, "code": status}}).encode()
+    assert VLLM.read_adapter_answer(status, body) is None
+    assert VLLM.read_adapter_answer(200, b"Success: LoRA adapter 'a' added successfully.") is None
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (404, "Loading lora a failed: No adapter found for <path>"),
+        (500, "Call to add_lora method failed: LoRA rank 32 is greater than max_lora_rank 16."),
+    ],
+)
+def test_an_adapter_that_cannot_be_loaded_is_told(status: int, message: str) -> None:
+    body = json.dumps({"error": {"message": message, "type": "X", "param": None, "code": status}}).encode()
+    error = VLLM.read_adapter_answer(status, body)
+    assert error is not None and error.message == message
