@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from engines.launch import Launchable
+from engines.lmdeploy import LmDeploy
 from engines.protocol import Engine
 from engines.sglang import Sglang
 from engines.vllm import Vllm
@@ -14,4 +15,4 @@ class KnownEngine(Engine, Launchable, Protocol):
     """An engine that can be spoken to and started."""
 
 
-ENGINES: dict[str, KnownEngine] = {"vllm": Vllm(), "sglang": Sglang()}
+ENGINES: dict[str, KnownEngine] = {"vllm": Vllm(), "sglang": Sglang(), "lmdeploy": LmDeploy()}

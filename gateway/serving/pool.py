@@ -92,6 +92,9 @@ class Endpoint:
             lines.append(b"host: " + self.spec.address.authority)
             lines.append(b"content-type: application/json")
             lines.append(b"accept: application/json, text/event-stream")
+            if path == "/v1/messages":
+                # Part of that dialect: LMDeploy refuses a request without it, the others do not look.
+                lines.append(b"anthropic-version: 2023-06-01")
             if self.spec.api_key is not None:
                 lines.append(b"authorization: Bearer " + self.spec.api_key.encode("ascii"))
             head = self._heads[path] = b"\r\n".join(lines) + b"\r\nx-request-id: "

@@ -176,6 +176,13 @@ def test_the_head_of_a_request(address: Address, host: bytes) -> None:
     assert endpoint.request_head(CHAT) is head
 
 
+def test_anthropic_s_dialect_has_its_version() -> None:
+    """LMDeploy refuses a message without it."""
+    (endpoint,) = pool_of(spec("a", "m")).endpoints
+    assert b"\r\nanthropic-version: 2023-06-01\r\n" in endpoint.request_head("/v1/messages")
+    assert b"anthropic" not in endpoint.request_head(CHAT)
+
+
 def test_without_a_key_none_is_sent() -> None:
     (endpoint,) = pool_of(spec("a", "m")).endpoints
     assert b"authorization" not in endpoint.request_head(CHAT)
