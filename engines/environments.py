@@ -137,6 +137,23 @@ RECIPES: Mapping[tuple[str, Device], Recipe] = {
         shown="read",
         elsewhere="SGLang for Ascend is in no package index, only in images and in its source",
     ),
+    ("lmdeploy", Device.CPU): _locked("lmdeploy-cpu", needed_bytes=4 * _GB),
+    ("lmdeploy", Device.CUDA): Recipe(
+        name="lmdeploy-cuda",
+        attempts=(("lmdeploy==0.18.0", "--torch-backend", "auto"),),
+        needed_bytes=20 * _GB,
+        shown="read",
+        # Triton compiles a launcher for each kernel when the engine starts.
+        needs_compiler=True,
+    ),
+    ("lmdeploy", Device.ASCEND): Recipe(
+        name="lmdeploy-ascend",
+        # Its operations for Ascend are those of the plugin dlinfer.
+        attempts=(("lmdeploy==0.18.0", "dlinfer-ascend"),),
+        needed_bytes=20 * _GB,
+        shown="read",
+        pythons=((3, 11), (3, 12)),
+    ),
 }
 
 

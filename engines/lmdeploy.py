@@ -66,6 +66,9 @@ class LmDeploy:
             "/v1/messages",
         )
     }
+    base_only_paths: frozenset[str] = frozenset()
+    # Prefixes are cached only where an operator asks for it, and then for all alike.
+    unsalted_paths: frozenset[str] = frozenset()
     ready_path = "/health"
     models_path = "/v1/models"
     metrics_path = "/metrics"
@@ -80,7 +83,7 @@ class LmDeploy:
     )
     loading_phases: tuple[Phase, ...] = (
         Phase(re.compile(r"Loading weights from safetensors: .* (?P<done>\d+)/(?P<total>\d+) "), "loading weights"),
-        Phase(re.compile(r"Uvicorn running on"), "opening its port"),
+        Phase(re.compile(r"in a browser for detailed api usage"), "opening its port"),
     )
 
     def prepare(self, path: str, fields: Fields, dispatch: Dispatch) -> bytes:
@@ -141,6 +144,8 @@ class LmDeploy:
         command = [str(python), *_program(spec, python), "serve", "api_server", spec.model]
         command += ["--server-name", spec.address.host, "--server-port", str(spec.address.port)]
         command += ["--model-name", spec.served_name, "--backend", "pytorch"]
+        # Without a list every host is allowed; ".invalid" is no host's name (RFC 2606).
+        command += ["--allowed-media-domains", *(spec.allowed_media_domains or ("none.invalid",))]
         # Of its devices ours is the one whose operations on_cpu.py replaces.
         command += ["--device", "cuda" if spec.device is Device.CPU else spec.device.value]
         # Without a number it asks the device, in words that only a CUDA device understands.
@@ -156,7 +161,8 @@ class LmDeploy:
 
     def environment(self, spec: LaunchSpec) -> dict[str, str]:
         """Return LMDeploy's own variables; the key is one of them, see ``_KEYED``."""
-        variables = {"DO_NOT_TRACK": "1"}
+        # Its server would write a line for each request, every look at its health included.
+        variables = {"DO_NOT_TRACK": "1", "UVICORN_LOG_LEVEL": "warning"}
         if spec.api_key is not None:
             variables[_KEY_VARIABLE] = spec.api_key
         if spec.model_is_local:
@@ -168,7 +174,7 @@ class LmDeploy:
         return {**variables, **spec.extra_environment}
 
 
-_FIELD = re.compile(r"(?:The )?([a-z][a-z_]*)(?:\.[\w.]+)?(?:: | \S+ (?:must|exceeds) )")
+_FIELD = re.compile(r"(?:The )?([a-z][a-z_]*)(?:\.[\w.]+)?(?:: | \S+ (?:must|exceeds|cannot) )")
 
 
 def _told(error: EngineError) -> EngineError:
@@ -202,15 +208,15 @@ def _program(spec: LaunchSpec, python: Path) -> list[str]:
 def _cannot_compute(spec: LaunchSpec) -> Iterator[str]:
     """What stands in the way of computing as wanted."""
     quantization, device, parallel = spec.quantization, spec.device, spec.parallel
-    if quantization is not None and quantization not in _QUANTIZATIONS[device]:
-        able = ", ".join([*_QUANTIZATIONS[device], "full weights"])
+    if quantization is not None and quantization not in _formats(spec):
+        able = ", ".join([*_formats(spec), "full weights"])
         yield f"LMDeploy has no {quantization} weights on {device}; there it takes {able}"
     if spec.adapters is not None and device is Device.ASCEND:
         yield "LMDeploy has no LoRA on ascend; merge the adapter into the weights, or serve it with another engine"
     if parallel.pipeline > 1:
         yield "LMDeploy does not spread a model's layers over devices (pipeline); use tensor"
     if parallel.data > 1:
-        yield "LMDeploy's data parallel is a server for each copy behind a proxy of its own; run several engines instead"
+        yield "LMDeploy's copies (data) are servers of their own behind a proxy of theirs; run several engines instead"
     if device is Device.CPU and parallel.tensor > 1:
         yield "one LMDeploy on cpu is one process on one machine's memory; run several engines instead"
     if device is Device.CPU and spec.memory_share is not None:
@@ -245,7 +251,7 @@ def _sizes(spec: LaunchSpec) -> list[str]:
     if spec.memory_share is not None:
         words += ["--cache-max-entry-count", f"{spec.memory_share:g}"]
     if spec.quantization is not None:
-        words += ["--model-format", _QUANTIZATIONS[spec.device][spec.quantization]]
+        words += ["--model-format", _formats(spec)[spec.quantization]]
     return words
 
 
@@ -257,17 +263,28 @@ def _adapters(spec: LaunchSpec) -> list[str]:
 
 
 _CACHE_VARIABLE = "LMDEPLOY_CPU_CACHE_BYTES"
-_CPU_ENVIRONMENT = {_CACHE_VARIABLE: str(1 << 30), "TORCHDYNAMO_DISABLE": "1"}
+_CPU_ENVIRONMENT = {
+    _CACHE_VARIABLE: str(1 << 30),
+    # Nothing is compiled, and no device is looked for or warmed up.
+    "TORCHDYNAMO_DISABLE": "1",
+    "LMDEPLOY_ENABLE_CHECK_ENV": "0",
+    "LMDEPLOY_SKIP_WARMUP": "1",
+}
 _CPU_MAX_MODEL_LEN = {Device.CPU: 2048}
 _MAX_RUNNING = {Device.CPU: 32, Device.CUDA: 256, Device.ASCEND: 256}
 _QUANTIZATIONS: dict[Device, dict[Quantization, str]] = {
     # The operations in plain torch are those of full weights.
     Device.CPU: {},
     Device.CUDA: {
-        Quantization.GPTQ: "gptq",
         Quantization.AWQ: "awq",
         Quantization.COMPRESSED_TENSORS: "compressed-tensors",
         Quantization.FP8: "fp8",
     },
     Device.ASCEND: {Quantization.AWQ: "awq"},
 }
+_TURBOMIND = {**_QUANTIZATIONS[Device.CUDA], Quantization.GPTQ: "gptq"}
+
+
+def _formats(spec: LaunchSpec) -> dict[Quantization, str]:
+    """How weights may be stored; its parser takes more than the PyTorch engine can read."""
+    return _TURBOMIND if _backend(spec.extra_args) == "turbomind" else _QUANTIZATIONS[spec.device]

@@ -16,9 +16,18 @@ from engines.devices import Device, Quantization
 from engines.launch import AdapterSlots, LaunchSpec, Parallel, process_environment
 from engines.lmdeploy import LmDeploy
 from engines.minder import Address
-from engines.registry import ENGINES
+from tests.support.real_engine import prepared
 
 PYTHON = Path("/env/bin/python")
+PARSE = """
+import json, sys
+from lmdeploy.cli.cli import CLI
+from lmdeploy.cli.serve import SubCliServe
+CLI.add_parsers()
+SubCliServe.add_parsers()
+read = [vars(CLI.parser.parse_args(line)) for line in json.load(sys.stdin)]
+print(json.dumps(read, default=repr))
+"""
 LMDEPLOY = LmDeploy()
 AT_START = AdapterSlots(at_start=(("a", "/adapters/a"), ("b", "/adapters/b")))
 
@@ -77,6 +86,14 @@ def test_sizes_are_said_in_its_words() -> None:
     assert flag(command, "--dtype") == "float16"
     # Of the KV cache, not of the weights.
     assert "--quant-policy" not in command
+
+
+def test_media_is_fetched_from_named_hosts_only() -> None:
+    """Without a list it takes every host's."""
+    command = command_line(allowed_media_domains=("a.example", "b.example"))
+    index = command.index("--allowed-media-domains")
+    assert command[index + 1 : index + 3] == ["a.example", "b.example"]
+    assert flag(command_line(), "--allowed-media-domains") == "none.invalid"
 
 
 def test_adapters_are_named_at_the_start() -> None:
@@ -143,7 +160,7 @@ def test_what_it_can_do_is_not_in_the_way() -> None:
         spec(Device.CPU, adapters=AT_START),
         spec(Device.CUDA, adapters=AT_START, parallel=Parallel(tensor=8), memory_share=0.9, max_running=64),
         spec(Device.CUDA, quantization=Quantization.FP8),
-        spec(Device.CUDA, extra_args=("--backend", "turbomind")),
+        spec(Device.CUDA, quantization=Quantization.GPTQ, extra_args=("--backend", "turbomind")),
         spec(Device.CUDA, adapters=AT_START, extra_args=("--backend", "turbomind", "--backend", "pytorch")),
         spec(Device.ASCEND, parallel=Parallel(tensor=8), extra_args=("--eager-mode",)),
     ):
@@ -159,7 +176,8 @@ def test_what_it_can_do_is_not_in_the_way() -> None:
         (spec(adapters=AT_START, extra_args=("--back", "turbomind")), "TurboMind drops adapters without a word"),
         (spec(Device.ASCEND, extra_args=("--backend", "turbomind")), "runs on cuda only"),
         (spec(Device.CPU, extra_args=("--backend", "turbomind")), "runs on cuda only"),
-        (spec(quantization=Quantization.BNB), "there it takes gptq, awq, compressed-tensors, fp8, full weights"),
+        (spec(quantization=Quantization.BNB), "there it takes awq, compressed-tensors, fp8, full weights"),
+        (spec(quantization=Quantization.GPTQ), "LMDeploy has no gptq weights on cuda"),
         (spec(Device.ASCEND, quantization=Quantization.FP8), "LMDeploy has no fp8 weights on ascend"),
         (spec(Device.ASCEND, quantization=Quantization.MODELSLIM), "LMDeploy has no modelslim weights on ascend"),
         (spec(Device.CPU, quantization=Quantization.AWQ), "there it takes full weights"),
@@ -178,3 +196,52 @@ def test_what_it_cannot_do_is_refused_with_the_reason(unable: LaunchSpec, reason
     [told] = LMDEPLOY.obstacles(unable)
     assert reason in told
     assert "\n" not in told
+
+
+# --- LMDeploy's own parser ---------------------------------------------------------------------------------------
+
+COMBINED = [
+    spec(device, quantization=quantization, parallel=Parallel(tensor, pipeline, data), adapters=adapters)
+    for device, quantization, tensor, pipeline, data, adapters in itertools.product(
+        Device, (None, *Quantization), (1, 4), (1, 2), (1, 2), (None, AT_START)
+    )
+]
+MORE = [
+    spec(Device.CPU, max_model_len=512, dtype="bfloat16", api_key="secret"),
+    spec(max_model_len=512, dtype="float16", memory_share=0.5, max_running=7, api_key="secret"),
+    spec(Device.ASCEND, memory_share=0.9, extra_args=("--eager-mode", "--max-batch-size", "4")),
+]
+
+
+@pytest.mark.all_engines
+def test_lmdeploy_s_own_parser_takes_every_command_line() -> None:
+    """It refuses flags it does not know and formats it does not have; what it read is what was meant."""
+    environment, _ = prepared("lmdeploy")
+    able = [one for one in (*COMBINED, *MORE) if not any(LMDEPLOY.obstacles(one))]
+    # Full weights, and each format of its device, on one device and on four, with adapters where it has them.
+    assert len(able) == 2 + 4 * 2 * 2 + 2 * 2 + len(MORE)
+    lines = [LMDEPLOY.command_line(one, PYTHON) for one in able]
+    result = subprocess.run(
+        [str(environment.python), "-c", PARSE],
+        input=json.dumps([line[line.index("serve") :] for line in lines]),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for one, read in zip(able, json.loads(result.stdout.splitlines()[-1]), strict=True):
+        assert (read["model_path"], read["model_name"], read["backend"]) == ("/models/m", "m", "pytorch")
+        assert (read["server_name"], read["server_port"]) == ("127.0.0.1", 8001)
+        assert read["device"] == ("ascend" if one.device is Device.ASCEND else "cuda")
+        assert (read["tp"], read["dp"]) == (one.parallel.tensor, 1)
+        assert read["model_format"] == (one.quantization and one.quantization.value)
+        assert read["adapters"] == (None if one.adapters is None else ["a=/adapters/a", "b=/adapters/b"])
+        assert read["session_len"] == (one.max_model_len or (2048 if one.device is Device.CPU else None))
+        assert read["dtype"] == (one.dtype or "auto")
+        assert read["cache_max_entry_count"] == (one.memory_share or 0.8)
+        assert read["eager_mode"] is (one.device is Device.CPU or "--eager-mode" in one.extra_args)
+        assert (read["logprobs_mode"], read["tool_call_parser"]) == ("raw_logprobs", "qwen")
+        assert read["allowed_media_domains"] == ["none.invalid"]
+        assert read["max_concurrent_requests"] is None
+    assert [one["max_batch_size"] for one in json.loads(result.stdout.splitlines()[-1])[-3:]] == [32, 7, 4]

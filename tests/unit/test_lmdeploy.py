@@ -86,6 +86,21 @@ def test_a_recorded_error_keeps_its_words(recording: Recording) -> None:
     assert LMDEPLOY.read_error(recording.status, recording.body).message == said
 
 
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ("The top_k -1 cannot be a negative integer.", "top_k"),
+        ("messages.0.content: Field required", "messages"),
+        ("The session_id 7 is occupied.", None),
+        ("something went wrong: really", None),
+    ],
+)
+def test_the_field_at_fault_is_read_out_of_the_message(message: str, param: str | None) -> None:
+    body = msgspec.json.encode({"message": message, "code": 400, "param": None, "object": "error"})
+    error = LMDEPLOY.read_error(400, body)
+    assert (error.message, error.param) == (message, param)
+
+
 def test_without_its_key_it_says_no_more_than_that() -> None:
     assert LMDEPLOY.read_error(401, b'{"error":"Unauthorized"}').fault is Fault.CREDENTIALS
 
