@@ -72,7 +72,8 @@ class LmDeploy:
     ready_path = "/health"
     models_path = "/v1/models"
     metrics_path = "/metrics"
-    # No FORCED_TOOLS: a required tool is called, a named one only if the model would have anyway.
+    # No FORCED_TOOLS: a required tool is called, a named one only if the model would have anyway. LOGPROBS with a
+    # peculiarity: the token that was drawn is not among its own candidates.
     capabilities = (
         Capability.TOOLS
         | Capability.JSON_SCHEMA

@@ -11,6 +11,7 @@ import asyncio
 import json
 import secrets
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from pydantic import SecretStr
 
 from engines.launch import AdapterSlots
 from engines.lmdeploy import LmDeploy
-from engines.protocol import EngineLoad
+from engines.protocol import EngineLoad, Fault
 from gateway.settings import Upstream
 from tests.conftest import Connect
 from tests.support import client as raw_client
@@ -95,7 +96,7 @@ async def told(engine: RealEngine, running: int) -> float:
     loop = asyncio.get_running_loop()
     began = loop.time()
     async with asyncio.timeout(FREE_WITHIN):
-        while await asyncio.to_thread(load_of, engine) != EngineLoad(running, 0, pytest.approx(0.5, abs=0.5)):
+        while (load := await asyncio.to_thread(load_of, engine)).running != running or load.waiting:
             await asyncio.sleep(LOOK)
     return loop.time() - began
 
@@ -151,12 +152,13 @@ async def test_every_path_that_it_serves(gateway: Gateway) -> None:
 
 async def test_a_path_that_it_does_not_serve(gateway: Gateway) -> None:
     """Whatever kind of engine is behind, the words are the same."""
-    for path, body in {
+    asked: dict[str, dict[str, Any]] = {
         "/v1/embeddings": {"input": QUESTION},
         "/v1/rerank": {"query": QUESTION, "documents": ["a"]},
         "/v1/score": {"text_1": QUESTION, "text_2": "a"},
         "/tokenize": {"prompt": QUESTION},
-    }.items():
+    }
+    for path, body in asked.items():
         answer = await gateway.ask({"model": BASE, **body}, path)
         assert (answer.status, error_of(answer)["code"]) == (400, "unsupported_operation"), (path, answer.body)
 
@@ -186,9 +188,12 @@ async def test_a_seed_repeats_an_answer(gateway: Gateway) -> None:
 
 
 async def test_probabilities_schemas_and_tools(gateway: Gateway) -> None:
-    answer = await gateway.ask(ask(max_tokens=2, logprobs=True, top_logprobs=2))
-    tokens = answer.json()["choices"][0]["logprobs"]["content"]
-    assert [len(token["top_logprobs"]) for token in tokens] == [2, 2]
+    answer = await gateway.ask(ask(max_tokens=2, logprobs=True, top_logprobs=3))
+    for token in answer.json()["choices"][0]["logprobs"]["content"]:
+        # The likeliest three, of which it leaves out the one that was drawn.
+        others = [other["logprob"] for other in token["top_logprobs"]]
+        assert len(others) == 2
+        assert max(others) < token["logprob"] < 0
 
     schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
     form = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}}
@@ -206,11 +211,12 @@ async def test_probabilities_schemas_and_tools(gateway: Gateway) -> None:
 
 
 async def test_what_the_engine_refuses(gateway: Gateway) -> None:
-    for what, fields, param in (
+    wrong: list[tuple[str, dict[str, Any], str]] = [
         ("a value", {"temperature": 9}, "temperature"),
         ("a type", {"max_tokens": "many"}, "max_tokens"),
         ("a form", {"response_format": {"type": "no-such-type"}}, "response_format"),
-    ):
+    ]
+    for what, fields, param in wrong:
         for stream in (False, True):
             answer = await gateway.ask(ask(stream=stream, **fields))
             assert (answer.status, error_of(answer)["type"]) == (400, "invalid_request_error"), (what, answer.body)
@@ -247,6 +253,23 @@ async def test_a_name_means_one_thing(gateway: Gateway, direct: httpx.Client) ->
         assert streamed_text(await gateway.ask(ask(model=adapter, stream=True))) == said[-1]
     assert text_of(await gateway.ask(ask())) == PARIS
     assert len({PARIS, *said}) == 3
+
+
+async def test_an_adapter_answers_on_every_path(gateway: Gateway) -> None:
+    """None of them forgets which adapter was named."""
+    asked: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": QUESTION, "max_tokens": 6, "temperature": 0},
+        "/v1/responses": {"input": QUESTION, "max_output_tokens": 6, "temperature": 0},
+        "/v1/messages": {"messages": TURNS, "max_tokens": 6, "temperature": 0},
+    }
+    texts = {
+        "/v1/completions": lambda answer: answer["choices"][0]["text"],
+        "/v1/responses": lambda answer: answer["output"][0]["content"][0]["text"],
+        "/v1/messages": lambda answer: answer["content"][0]["text"],
+    }
+    for path, body in asked.items():
+        said = [texts[path]((await gateway.ask({"model": name, **body}, path)).json()) for name in (BASE, *ADAPTERS)]
+        assert len(set(said)) == 3, (path, said)
 
 
 async def test_models_of_one_batch_do_not_mix(gateway: Gateway) -> None:
@@ -291,18 +314,34 @@ def test_its_key_is_in_no_command_line_and_guards_everything(engine: RealEngine)
         for method, path in (("POST", CHAT), ("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/sleep")):
             answer = stranger.request(method, path, json={})
             assert answer.status_code == 401, path
-            assert LMDEPLOY.read_error(answer.status_code, answer.content).message == "Unauthorized"
+            assert LMDEPLOY.read_error(answer.status_code, answer.content).fault is Fault.CREDENTIALS
         assert stranger.get(LMDEPLOY.ready_path).status_code == 200
 
 
-async def test_told_to_stop_it_finishes_what_it_began(gateway: Gateway, engine: RealEngine, connect: Connect) -> None:
-    """And takes nothing new: its listener is closed at once. After this the engine is gone."""
-    client = await connect(gateway.url)
-    client.post(CHAT, ask(stream=True, max_tokens=60, ignore_eos=True), AUTH)
-    await client.head()
-    assert await client.event()
+def test_told_to_stop_it_finishes_what_it_began(engine: RealEngine, direct: httpx.Client) -> None:
+    """After this the engine is gone."""
     leader = psutil.Process(engine.pid)
-    leader.send_signal(signal.SIGTERM)
-    answer = await client.response()
-    assert answer.complete
-    await asyncio.to_thread(leader.wait, FREE_WITHIN)
+    with direct.stream("POST", CHAT, json=ask(stream=True, max_tokens=60, ignore_eos=True)) as answer:
+        events = answer.iter_lines()
+        assert next(events).startswith("data: ")
+        leader.send_signal(signal.SIGTERM)
+        *_, last = (line for line in events if line)
+    assert last == "data: [DONE]"
+    assert leader.wait(FREE_WITHIN) in (0, None)
+
+
+def test_when_the_process_that_computes_dies_it_is_not_healthy() -> None:
+    """Its server lives on and would let requests wait for ever; the gateway asks its health and sends it none."""
+    with running("lmdeploy") as engine, engine.client() as direct:
+        [computing] = [
+            process
+            for process in psutil.Process(engine.pid).children(recursive=True)
+            if "spawn_main" in " ".join(process.cmdline())
+        ]
+        computing.kill()
+        deadline = time.monotonic() + FREE_WITHIN
+        while (status := direct.get(LMDEPLOY.ready_path).status_code) == 200:
+            assert time.monotonic() < deadline
+            time.sleep(LOOK)
+        assert status == 503
+        assert psutil.Process(engine.pid).is_running()

@@ -102,7 +102,8 @@ def test_the_field_at_fault_is_read_out_of_the_message(message: str, param: str 
 
 
 def test_without_its_key_it_says_no_more_than_that() -> None:
-    assert LMDEPLOY.read_error(401, b'{"error":"Unauthorized"}').fault is Fault.CREDENTIALS
+    flat = b'{"message":"Unauthorized.","type":"authentication_error","code":401,"param":null,"object":"error"}'
+    assert LMDEPLOY.read_error(401, flat).fault is Fault.CREDENTIALS
 
 
 def test_a_busy_session_is_plain_text() -> None:
