@@ -257,6 +257,11 @@ def test_what_is_in_no_package_index_is_said_before_anything_is_tried(fake_uv: F
             {"sglang", "torch", "torchvision", "gguf", "accelerate"},
             {"sglang-kernel", "flashinfer-python", "cuda-python", "torchaudio", "torchcodec"},
         ),
+        (
+            "lmdeploy",
+            {"lmdeploy", "torch", "transformers", "peft", "gguf", "accelerate"},
+            {"torchvision", "ray", "tilelang", "flash-linear-attention", "opencv-python-headless"},
+        ),
     ],
 )
 def test_a_cpu_lock_pins_everything_and_names_no_place(kind: str, there: set[str], left_out: set[str]) -> None:
@@ -264,7 +269,7 @@ def test_a_cpu_lock_pins_everything_and_names_no_place(kind: str, there: set[str
     recipe = recipe_for(kind, Device.CPU)
     assert recipe.lock is not None
     lines = recipe.lock.read_text().splitlines()
-    assert len(lines) > 100
+    assert len(lines) > 80
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.+]+( ; .+)?", line)] == []
     names = {line.split("==")[0] for line in lines}
     assert there <= names
