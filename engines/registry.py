@@ -6,6 +6,7 @@ from typing import Protocol
 
 from engines.launch import Launchable
 from engines.protocol import Engine
+from engines.simulated import Simulated
 from engines.vllm import Vllm
 
 
@@ -13,4 +14,4 @@ class KnownEngine(Engine, Launchable, Protocol):
     """An engine that can be spoken to and started."""
 
 
-ENGINES: dict[str, KnownEngine] = {"vllm": Vllm()}
+ENGINES: dict[str, KnownEngine] = {"vllm": Vllm(), "simulated": Simulated()}

@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from engines.simulation.batching import EngineModel
@@ -148,9 +149,8 @@ class Server:
                 connection.close_when_idle()
         await self._until(lambda: not self.connections)
 
-    async def _until(self, condition: object) -> None:
-        assert callable(condition)
-        while not condition():
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():  # noqa: ASYNC110 - nothing tells of it, and only a process that ends waits here
             await asyncio.sleep(_CHECK)
 
 

@@ -390,8 +390,8 @@ def _within(job: Job, limits: Limits) -> Job:
     if job.max_tokens is not None and longest + job.max_tokens > most:
         message = (
             f"This model's maximum context length is {most} tokens. However, you requested {job.max_tokens} output"
-            f" tokens and your prompt contains {longest} input tokens, for a total of {longest + job.max_tokens} tokens."
-            " Please reduce the length of the input prompt or the number of requested output tokens."
+            f" tokens and your prompt contains {longest} input tokens, for a total of {longest + job.max_tokens}"
+            " tokens. Please reduce the length of the input prompt or the number of requested output tokens."
         )
         raise wrong("input_tokens", message, longest)
     return job
@@ -401,7 +401,8 @@ def too_long(most: int) -> Refused:
     """Return the 400 for a prompt that leaves no room for an answer."""
     message = (
         f"This model's maximum context length is {most} tokens. However, your prompt contains at least {most + 1} input"
-        " tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input prompt."
+        " tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input"
+        " prompt."
     )
     return wrong("input_tokens", message, most + 1)
 

@@ -62,10 +62,10 @@ class Figures:
         labels = f'engine="0",model_name="{_escaped(self.model_name)}"'
         lines = [*_gauges(model, labels), *_counters(model, labels)]
         lines.append("# TYPE vllm:request_success_total counter")
-        for reason in FINISH_REASONS:
-            lines.append(
-                f'vllm:request_success_total{{{labels},finished_reason="{reason}"}} {float(self.ended[reason])}'
-            )
+        lines += [
+            f'vllm:request_success_total{{{labels},finished_reason="{reason}"}} {float(self.ended[reason])}'
+            for reason in FINISH_REASONS
+        ]
         name = "vllm:admission_rejections_total"
         lines.append(f'{name}{{{labels},reason="max_num_queued_reqs"}} {float(self.refused)}')
         lines += self.first_token.lines("vllm:time_to_first_token_seconds", labels)

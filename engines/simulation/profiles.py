@@ -101,9 +101,8 @@ _DURATIONS = (
 def _interpolated(points: Sequence[tuple[int, int]], size: int) -> int:
     if size <= points[0][0] or len(points) == 1:
         return points[0][1]
-    for (left, low), (right, high) in pairwise(points):
-        if size <= right:
-            break
+    pairs = list(pairwise(points))
+    (left, low), (right, high) = next((pair for pair in pairs if size <= pair[1][0]), pairs[-1])
     return max(0, low + (high - low) * (size - left) // (right - left))
 
 
