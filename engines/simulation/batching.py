@@ -261,7 +261,8 @@ class EngineModel:
         if sequence.queued:
             self._waiting.forget(sequence)
         else:
-            self._leave(sequence, int(sequence.decoding))
+            # While an adapter is loaded no step is under way.
+            self._leave(sequence, int(sequence.decoding and self._loading is None))
         self.counters.aborted += 1
         if self._run is not None:
             self._run.steps = 1
@@ -341,7 +342,8 @@ class EngineModel:
         if isinstance(request, Finished):
             return list(self._token_times(request.spans, request.tokens))
         sequence = self._sequences[request]
-        ahead = self._run.steps if self._run is not None and sequence.decoding else 0
+        run = self._run if sequence.decoding and self._loading is None else None
+        ahead = run.steps if run is not None else 0
         return list(self._token_times(sequence.spans, self._emitted(sequence) + ahead))
 
     # --- time --------------------------------------------------------------------------------------------------
@@ -484,7 +486,8 @@ class EngineModel:
             self._run = None
             return
         first = self._step_time(prefilled, reads) + loading
-        if self._prefilling:
+        if self._prefilling or preempted:
+            # Nobody is admitted in a step that preempts: the next one may admit again.
             self._run = _Run(at, first, 0, 1)
         else:
             self._run = _Run(at, first, self.profile.kv_token * decoding, self._steps_ahead())

@@ -11,6 +11,9 @@ import httpx
 import pytest
 
 from engines.simulation.__main__ import Server, arguments
+from tests.support.gateway import face, start_gateway
+
+__all__ = ["face", "start_gateway"]
 
 Start = Callable[..., Awaitable["RunningEngine"]]
 

@@ -308,6 +308,30 @@ def test_the_youngest_is_preempted_and_comes_back() -> None:
     assert model.counters.generated_tokens == 40
 
 
+def test_room_that_a_preemption_makes_is_given_away_in_the_next_step() -> None:
+    """A step that preempts admits nobody, the one after it does."""
+    model = EngineModel(small(kv_blocks=10, max_num_seqs=2, kv_token=0, by_priority=True))
+    model.arrive_all([Request("stays", 19, 4), Request("goes", 16, 2, priority=1)], 0)
+    outcomes: list[Outcome] = []
+    while not any(isinstance(outcome, Preempted) for outcome in outcomes):
+        outcomes += model.advance(model.next_event() or 0)
+    preempted = model.now
+    model.arrive(Request("next", 1, 0), preempted)
+    outcomes += run(model)
+    assert finished(outcomes)["next"].started == preempted + 100
+
+
+def test_an_abort_while_an_adapter_is_loaded_frees_what_was_held() -> None:
+    """No step is under way then, and no block was taken for one."""
+    model = EngineModel(small())
+    model.arrive(Request("r", 4, 5), 0)
+    model.load_adapter("a", 0)
+    model.advance(model.next_event() or 0)
+    assert model.token_times("r") == [model.now]
+    assert model.abort("r", model.now + 1) == 1
+    assert model.cache.used == 0
+
+
 def test_a_prefix_is_found_again_and_a_salt_keeps_it_apart() -> None:
     """The second request computes only what the first did not; other hashes find nothing."""
     model = EngineModel(small())
