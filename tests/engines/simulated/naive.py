@@ -28,6 +28,7 @@ class Stay:
     times: list[int] = field(default_factory=list)
     started: int = -1
     cached: int = 0
+    published: int = 0
     preemptions: int = 0
     prefilled_at: int = -1
 
@@ -78,6 +79,8 @@ class NaiveEngine:
             for stay in place:
                 if stay.request.id == request_id:
                     place.remove(stay)
+                    if stay.decoding:
+                        self.publish(stay, stay.stored)
                     self.give_back(stay)
                     return stay.generated
         return None
@@ -114,11 +117,14 @@ class NaiveEngine:
         stay.blocks.append(block)
 
     def publish(self, stay: Stay, tokens: int) -> None:
-        for index in range(min(tokens // self.profile.block_tokens, len(stay.request.hashes))):
+        """A block is made known when it is filled; where there is one like it then, it never is."""
+        full = min(tokens // self.profile.block_tokens, len(stay.request.hashes))
+        for index in range(stay.published, full):
             value, block = stay.request.hashes[index], stay.blocks[index]
-            if block.value is None and value not in self.by_value:
+            if value not in self.by_value:
                 block.value = value
                 self.by_value[value] = block
+        stay.published = max(stay.published, full)
 
     # --- steps
 
@@ -233,6 +239,7 @@ class NaiveEngine:
                 stay.blocks.append(block)
             for _ in range(needed):
                 self.take(stay)
+            stay.published = len(found)
             stay.target, stay.stored = target, len(found) * profile.block_tokens
             if stay.started < 0:
                 stay.started, stay.cached = at, stay.stored
