@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from engines.simulation.schema import SchemaError, least_instance
+from engines.simulation.schema import least_instance
 from engines.simulation.speech import piece_of, pieces, render, split_answer
 
 Fields = dict[str, Any]
 MAX_CHOICES = 16384
 MAX_LOGPROBS = 20
+MAX_STOPS = 4
 MAX_PROMPTS = 256
 COMPLETION_TOKENS = 16
 
@@ -146,8 +147,8 @@ def yes(fields: Fields, name: str, default: bool = False) -> bool:
     value = fields.get(name)
     if value is None:
         return default
-    if value in (True, False, 0, 1, "true", "false"):
-        return value in (True, 1, "true")
+    if isinstance(value, bool | int | float | str) and value in (True, False, "true", "false"):
+        return value in (True, "true")
     message = "Input should be a valid boolean, unable to interpret input"
     raise invalid(Problem("bool_parsing", f"body.{name}", message, value))
 
@@ -270,7 +271,7 @@ def read_messages(fields: Fields, limits: Limits) -> Job:
     if system := fields.get("system"):
         messages = [{"role": "system", "content": system}, *messages]
     job = _sampling(fields, Dialect.MESSAGES, limits)
-    job.stop = tuple(str(one) for one in fields.get("stop_sequences") or ())
+    job.stop = _stop_strings(fields, "stop_sequences")
     open_end = messages[-1].get("role") == "assistant"
     job.prompts = [_chat_prompt(messages, limits, open_end, True)]
     return _within(job, limits)
@@ -291,14 +292,6 @@ def read_responses(fields: Fields, limits: Limits) -> Job:
 
 def _sampling(fields: Fields, dialect: Dialect, limits: Limits) -> Job:
     """What every dialect has, in the order in which vLLM complains."""
-    stop = fields.get("stop")
-    if isinstance(stop, list) and len(stop) > 4:
-        context = {"field_type": "List", "max_length": 4, "actual_length": len(stop)}
-        message = f"List should have at most 4 items after validation, not {len(stop)}"
-        raise invalid(
-            Problem("string_type", "body.stop", "Input should be a valid string", stop),
-            Problem("too_long", "body.stop", message, stop, context),
-        )
     job = Job(
         dialect,
         word(fields, "model"),
@@ -308,7 +301,7 @@ def _sampling(fields: Fields, dialect: Dialect, limits: Limits) -> Job:
         max_tokens=_max_tokens(fields, limits),
         min_tokens=whole(fields, "min_tokens", 0) or 0,
         ignore_eos=yes(fields, "ignore_eos"),
-        stop=(stop,) if isinstance(stop, str) else tuple(str(one) for one in stop or () if one),
+        stop=_stop_strings(fields),
         include_stop=yes(fields, "include_stop_str_in_output"),
         seed=whole(fields, "seed", None),
         priority=whole(fields, "priority", 0) or 0,
@@ -324,6 +317,20 @@ def _sampling(fields: Fields, dialect: Dialect, limits: Limits) -> Job:
         job.usage = bool(options.get("include_usage"))
         job.running_usage = bool(options.get("continuous_usage_stats")) and job.usage
     return job
+
+
+def _stop_strings(fields: Fields, name: str = "stop") -> tuple[str, ...]:
+    stop = fields.get(name)
+    if stop is None or isinstance(stop, str):
+        return (stop,) if stop else ()
+    no_string = Problem("string_type", f"body.{name}", "Input should be a valid string", stop)
+    if not isinstance(stop, list) or not all(isinstance(one, str) for one in stop):
+        raise invalid(no_string, Problem("list_type", f"body.{name}", "Input should be a valid list", stop))
+    if len(stop) > MAX_STOPS:
+        context = {"field_type": "List", "max_length": MAX_STOPS, "actual_length": len(stop)}
+        message = f"List should have at most {MAX_STOPS} items after validation, not {len(stop)}"
+        raise invalid(no_string, Problem("too_long", f"body.{name}", message, stop, context))
+    return tuple(one for one in stop if one)
 
 
 def _n(fields: Fields) -> int:
@@ -430,7 +437,8 @@ def _chat_prompt(messages: list[Fields], limits: Limits, open_end: bool, answer_
 
 def _content(message: Fields, limits: Limits) -> str:
     content = message.get("content")
-    calls = "".join(json.dumps(call) for call in message.get("tool_calls") or ())
+    made = message.get("tool_calls")
+    calls = "".join(json.dumps(call) for call in made) if isinstance(made, list) else ""
     if content is None or isinstance(content, str):
         return (content or "") + calls
     texts = []
@@ -494,7 +502,7 @@ def _response_format(fields: Fields) -> str | None:
 def _met(schema: Any) -> str:
     try:
         return json.dumps(least_instance(schema))
-    except (SchemaError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise Refused(400, f"Grammar error: {error}") from None
 
 
@@ -518,7 +526,8 @@ def _choice(fields: Fields) -> str | None:
     wanted = fields.get("structured_outputs")
     if not isinstance(wanted, dict):
         return None
-    if choices := wanted.get("choice"):
+    choices = wanted.get("choice")
+    if isinstance(choices, list) and choices:
         return str(choices[0])
     if (schema := wanted.get("json")) is not None:
         return _met(schema)
@@ -534,14 +543,13 @@ def _tool(fields: Fields, messages: Sequence[Fields]) -> Tool | None:
         if choice not in (None, "none", "auto"):
             raise wrong("tool_choice", "When using `tool_choice`, `tools` must be set.")
         return None
-    known = {
-        str(tool["function"]["name"]): tool["function"] for tool in tools if isinstance(tool.get("function"), dict)
-    }
+    known = {str(function["name"]): function for function in _functions(tools)}
     if choice == "none" or not known:
         return None
     if isinstance(choice, dict):
-        name = choice.get("function", {}).get("name")
-        if name not in known:
+        wanted = choice.get("function")
+        name = wanted.get("name") if isinstance(wanted, dict) else None
+        if not isinstance(name, str) or name not in known:
             message = "The tool specified in `tool_choice` does not match any of the specified `tools`"
             raise wrong("tool_choice", message)
         return _call(known[name], "stop")
@@ -550,6 +558,16 @@ def _tool(fields: Fields, messages: Sequence[Fields]) -> Tool | None:
     last = messages[-1].get("content")
     asked = re.search(r"\bcall (\w+)", last) if isinstance(last, str) and messages[-1].get("role") == "user" else None
     return _call(known[asked[1]], "tool_calls") if asked and asked[1] in known else None
+
+
+def _functions(tools: Any) -> list[Fields]:
+    if not isinstance(tools, list):
+        raise invalid(Problem("list_type", "body.tools", "Input should be a valid list", tools))
+    for index, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or "name" not in function:
+            raise invalid(Problem("missing", f"body.tools.{index}.function.name", "Field required", tool))
+    return [tool["function"] for tool in tools]
 
 
 def _call(function: Fields, finish: str) -> Tool:

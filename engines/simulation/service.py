@@ -7,6 +7,7 @@ come. Faults that it meets are played here.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import time
@@ -25,6 +26,8 @@ from engines.simulation.faults import Fault, Faults
 from engines.simulation.figures import Figures
 from engines.simulation.http import Exchange
 from engines.simulation.speech import Identity, piece_of, pieces, prefix_hashes, prompt_digest, token_id, vector
+
+_log = logging.getLogger(__name__)
 
 VERSION = "0.32.0"
 VECTOR_SIZE = 64
@@ -91,6 +94,9 @@ class Service:
                 methods[exchange.method](exchange)
             except Refused as refused:
                 self.refuse(exchange, refused)
+            except Exception as error:  # what no rule foresaw is an answer too, as in any web server
+                _log.exception("%s %s", exchange.method, exchange.path)
+                self.refuse(exchange, Refused(500, str(error), "InternalServerError"))
 
     def refuse(self, exchange: Exchange, refused: Refused) -> None:
         """Answer with an error."""
