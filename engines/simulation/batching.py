@@ -101,6 +101,7 @@ class _Sequence:
 
     __slots__ = (
         "adapter",
+        "admission",
         "arrived",
         "cached",
         "chunk",
@@ -138,6 +139,8 @@ class _Sequence:
         self.step0 = self.length0 = 0
         """The engine's count of steps when it began to decode, and the tokens in its KV blocks then."""
         self.finish_step = 0
+        self.admission = 0
+        """Its place in the order in which sequences were admitted: those that are through together leave in it."""
         self.held: list[int] = []
         self.published = 0
         self.spans: list[tuple[int, int]] = []
@@ -212,7 +215,8 @@ class EngineModel:
         self._decoding = 0
         self._context = 0
         self._phases = [0] * profile.block_tokens
-        self._finishing: list[tuple[int, int, int, _Sequence]] = []
+        self._finishing: list[tuple[int, int, _Sequence]] = []
+        self._admissions = 0
         # Adapters: running sequences by adapter, those on the device and those in memory (least recently used first).
         self._adapted: dict[str, int] = {}
         self._on_device: OrderedDict[str, None] = OrderedDict()
@@ -385,7 +389,7 @@ class EngineModel:
         step = self.counters.steps
         finishing = self._finishing
         while finishing and finishing[0][0] <= step:
-            finish_step, _, _, sequence = heapq.heappop(finishing)
+            finish_step, _, sequence = heapq.heappop(finishing)
             if sequence.decoding and sequence.finish_step == finish_step:
                 self._finish(sequence, at)
         prefilled, self._prefilling = self._prefilling, []
@@ -417,8 +421,7 @@ class EngineModel:
         if sequence.finish_step <= step:
             self._finish(sequence, at)
         else:
-            entry = (sequence.finish_step, sequence.key[1], sequence.preemptions, sequence)
-            heapq.heappush(self._finishing, entry)
+            heapq.heappush(self._finishing, (sequence.finish_step, sequence.admission, sequence))
 
     def _finish(self, sequence: _Sequence, at: int) -> None:
         request = sequence.request
@@ -510,7 +513,7 @@ class EngineModel:
         """Return how many steps there are until a sequence is through or finds no block."""
         step = self.counters.steps
         finishing = self._finishing
-        while not ((first := finishing[0][3]).decoding and first.finish_step == finishing[0][0]):
+        while not ((first := finishing[0][2]).decoding and first.finish_step == finishing[0][0]):
             heapq.heappop(finishing)
         steps = finishing[0][0] - step
         available, decoding, size = self.cache.available, self._decoding, self.profile.block_tokens
@@ -584,6 +587,8 @@ class EngineModel:
         if needed > self.cache.available - idle * self.cache.unit:
             return None
         self._waiting.pop(sequence)
+        self._admissions += 1
+        sequence.admission = self._admissions
         sequence.held = list(request.hashes[:found])
         self.cache.share(sequence.held)
         self.cache.take(needed)

@@ -11,11 +11,17 @@ import httpx
 import pytest
 
 from engines.simulation.__main__ import Server, arguments
-from tests.support.gateway import face, start_gateway
+from tests.support.gateway import Face, start_gateway
 
-__all__ = ["face", "start_gateway"]
+__all__ = ["start_gateway"]
 
 Start = Callable[..., Awaitable["RunningEngine"]]
+
+
+@pytest.fixture
+def face() -> Face:
+    """One face: the engine is what is tried here."""
+    return "protocol"
 
 
 class RunningEngine:

@@ -1,4 +1,4 @@
-"""The conformance checks, all of them, on the simulated engine behind the gateway, on both faces."""
+"""The conformance checks, all of them, on the simulated engine behind the gateway."""
 
 from __future__ import annotations
 
