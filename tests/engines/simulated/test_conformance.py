@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -10,8 +11,8 @@ import pytest
 
 from engines.conformance import CHECKS, Subject, Verdict, run_check
 from engines.registry import ENGINES
+from gateway.serving.watch import read_load
 from gateway.settings import Upstream
-from gateway.trial import load_reader
 from tests.engines.simulated.conftest import Start, make_adapter
 from tests.support.gateway import AUTH, StartGateway
 
@@ -25,8 +26,9 @@ async def subject(start: Start, start_gateway: StartGateway, tmp_path: Path) -> 
     models = {"smollm2": "smollm2", "support": "support@1"}
     gateway = await start_gateway(Upstream(url=engine.url, engine="simulated", models=models))
     async with httpx.AsyncClient(base_url=gateway.url, headers=dict(AUTH), timeout=20, trust_env=False) as client:
-        capabilities = ENGINES["simulated"].capabilities
-        yield Subject(client, "smollm2", capabilities, 2048, "support", load_reader("simulated", engine.client))
+        simulated = ENGINES["simulated"]
+        load = partial(read_load, engine.client, simulated)
+        yield Subject(client, "smollm2", simulated.capabilities, 2048, "support", load)
 
 
 @pytest.mark.parametrize("name", CHECKS)
