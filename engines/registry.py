@@ -7,6 +7,7 @@ from typing import Protocol
 from engines.launch import Launchable
 from engines.protocol import Engine
 from engines.sglang import Sglang
+from engines.simulated import Simulated
 from engines.vllm import Vllm
 
 
@@ -14,4 +15,4 @@ class KnownEngine(Engine, Launchable, Protocol):
     """An engine that can be spoken to and started."""
 
 
-ENGINES: dict[str, KnownEngine] = {"vllm": Vllm(), "sglang": Sglang()}
+ENGINES: dict[str, KnownEngine] = {"vllm": Vllm(), "sglang": Sglang(), "simulated": Simulated()}
