@@ -8,6 +8,7 @@ from engines.launch import Launchable
 from engines.lmdeploy import LmDeploy
 from engines.protocol import Engine
 from engines.sglang import Sglang
+from engines.simulated import Simulated
 from engines.vllm import Vllm
 
 
@@ -15,4 +16,9 @@ class KnownEngine(Engine, Launchable, Protocol):
     """An engine that can be spoken to and started."""
 
 
-ENGINES: dict[str, KnownEngine] = {"vllm": Vllm(), "sglang": Sglang(), "lmdeploy": LmDeploy()}
+ENGINES: dict[str, KnownEngine] = {
+    "vllm": Vllm(),
+    "sglang": Sglang(),
+    "lmdeploy": LmDeploy(),
+    "simulated": Simulated(),
+}

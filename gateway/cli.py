@@ -387,7 +387,9 @@ def serve(
 
 @engines_app.command("install")
 def engines_install(
-    kind: Annotated[str, typer.Argument(help=f"Which engine: {' or '.join(ENGINES)}.")],
+    kind: Annotated[
+        str, typer.Argument(help=f"Which engine: {' or '.join(kind for kind in ENGINES if kind != 'simulated')}.")
+    ],
     device: Annotated[DeviceName, typer.Option("--device", help="What it will compute on.")] = DeviceName.CPU,
     config: ConfigOption = None,
 ) -> None:
@@ -411,16 +413,26 @@ def engines_run(
     kind: Annotated[str, typer.Argument(help=f"Which engine: {' or '.join(ENGINES)}.")],
     model: ModelOption = None,
     device: DeviceOption = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="What a simulated engine pretends to be; h100-8b by default.")
+    ] = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Loopback port.")] = 8100,
+    args: Annotated[list[str] | None, typer.Argument(help="More arguments for the engine, after `--`.")] = None,
     config: ConfigOption = None,
 ) -> None:
     """Run an engine alone, on a loopback port without a key, until Ctrl-C.
 
-    Example: `forebay engines run vllm --model Qwen/Qwen3-8B --device cuda`
+    A simulated engine has no model: it answers made-up words at the pace of a device. Arguments after `--` are its own.
+
+    Examples:
+
+    - `forebay engines run vllm --model Qwen/Qwen3-8B --device cuda`
+    - `forebay engines run simulated --profile h100-8b --port 8100 -- --speed 10 --faults`
     """
     from gateway.local import run_engine
 
-    chosen = {"name": kind, "kind": kind, "model": model, "device": device and device.value, "port": port}
+    chosen: dict[str, object] = {"name": kind, "kind": kind, "model": model, "device": device and device.value}
+    chosen |= {"port": port, "profile": profile, "args": args or None}
     engine = {name: value for name, value in chosen.items() if value is not None}
     settings = load(_configuration_file(config), {"engines": [engine]})
     raise typer.Exit(run_engine(settings.engines[0], settings))

@@ -34,6 +34,7 @@ from engines.minder import Address, Minder
 from engines.models import ModelFiles, prepare_model
 from engines.protocol import Capability
 from engines.registry import ENGINES
+from engines.simulated import own_environment, pretended_model
 from engines.steps import Step
 from gateway.greeting import Display, Greeting, base_url
 from gateway.settings import LocalEngine, Settings, Upstream, load, merge_trees, to_environment, warnings_about
@@ -239,6 +240,8 @@ def _engine_port(engine: LocalEngine, settings: Settings) -> int:
 
 def prepare(engine: LocalEngine, settings: Settings, display: Display) -> PreparedEngine:
     """Install the engine's environment and prepare its model, where that was not done yet. Blocks."""
+    if engine.kind == "simulated":
+        return PreparedEngine(engine, own_environment(), pretended_model(engine.profile))
     recipe = recipe_for(engine.kind, Device(engine.device))
     environment = ensure_environment(recipe, settings.data_dir, display.report)
     model = prepare_model(engine.model, settings.data_dir, environment, display.report)

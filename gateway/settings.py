@@ -35,6 +35,7 @@ from engines.devices import Device, Quantization
 from engines.launch import AdapterSlots, LaunchSpec, Parallel
 from engines.minder import Address
 from engines.registry import ENGINES
+from engines.simulation.profiles import PROFILES
 from gateway.values import (
     KIB,
     MIB,
@@ -256,7 +257,9 @@ class LocalEngine(Section):
     device: Literal["cpu", "cuda", "ascend"] = "cpu"
     """What it computes on."""
     model: str = "smollm2-135m-instruct"
-    """The packaged model, a Hugging Face model id or a directory."""
+    """The packaged model, a Hugging Face model id or a directory; a simulated engine needs none."""
+    profile: str | None = None
+    """What a simulated engine pretends to be, h100-8b when left out."""
     served_name: Name | None = None
     """The public name of its model; derived from `model` when left out."""
     port: Port | None = None
@@ -312,6 +315,16 @@ class LocalEngine(Section):
         obstacles = "; ".join(ENGINES[self.kind].obstacles(self.asked()))
         if obstacles:
             raise ValueError(obstacles)
+        return self
+
+    @model_validator(mode="after")
+    def _profile_of_a_simulated_one(self) -> LocalEngine:
+        if self.profile is None:
+            return self
+        if self.kind != "simulated":
+            raise ValueError("profile is what a simulated engine pretends to be; take it out or write kind: simulated")
+        if self.profile not in PROFILES:
+            raise ValueError(f"there is no profile {self.profile!r}; write one of {', '.join(PROFILES)}")
         return self
 
 

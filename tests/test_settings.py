@@ -346,6 +346,11 @@ def test_a_key_with_two_letters_swapped_is_recognised(data: st.DataObject) -> No
             "upstreams[0].engine: is no engine; did you mean vllm?",
         ),
         ({"engines": [{"name": "a", "kind": "zzz"}]}, "engines[0].kind: is no engine; write vllm"),
+        ({"engines": [{"name": "a", "profile": "h100-8b"}]}, "engines[0]: profile is what a simulated engine pretends"),
+        (
+            {"engines": [{"name": "a", "kind": "simulated", "profile": "h200"}]},
+            "engines[0]: there is no profile 'h200'; write one of h100-8b, ",
+        ),
         ({"listen": {"port": 70000}}, "listen.port: should be less than or equal to 65535"),
         ({"keys": [{"name": "a", "sha256": "abc"}]}, "keys[0].sha256: should be 64 hexadecimal digits; type: printf"),
         ({"keys": [{"name": "a", "key": "k", "models": ["a*b"]}]}, "keys[0].models[0]: should be a model name, or"),

@@ -1,0 +1,1 @@
+"""A speaking engine without a model: vLLM's dialect over a model of continuous batching."""
