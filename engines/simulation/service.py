@@ -340,6 +340,10 @@ def _model_card(name: str, root: str, parent: str | None, length: int | None) ->
     return {**card, "max_model_len": length, "permission": [permission]}
 
 
+_ANSWERED = ("delay", "refuse", "impostor")
+"""Faults that leave an answer whole, once it has begun."""
+
+
 class Answering:
     """One request for which tokens are made, and its answer."""
 
@@ -450,9 +454,10 @@ class Answering:
     def _write(self, index: int) -> bool:
         """Write what there is of one sequence; False when the fault that this request meets came true."""
         count = self._there[index]
-        at_fault = self.fault is not None and self.fault.kind != "delay" and count >= self.fault.after_tokens
-        if at_fault and self.fault is not None:
-            self._there[index] = min(count, self.fault.after_tokens)
+        fault = self.fault
+        at_fault = fault is not None and fault.kind not in _ANSWERED and count >= fault.after_tokens
+        if at_fault and fault is not None:
+            self._there[index] = min(count, fault.after_tokens)
         if self._writer is not None:
             self._write_events(index)
         return not (at_fault and self._break_at(count))
@@ -524,7 +529,7 @@ class Answering:
     def _break_at(self, count: int) -> bool:
         """Play the fault this request meets, if it is time; True when that was the end of it."""
         fault = self.fault
-        if fault is None or fault.kind in ("delay", "refuse", "impostor") or count < fault.after_tokens:
+        if fault is None or fault.kind in _ANSWERED or count < fault.after_tokens:
             return False
         if count == 0 and fault.after_tokens == 0 and fault.kind == "error_event" and self.job.stream:
             self._writer = answers.writer(self.head, self.choices)
