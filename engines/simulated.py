@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engines.environments import EngineEnvironment
@@ -35,6 +35,9 @@ class Simulated(Vllm):
     """A model of vLLM behind vLLM's dialect; ``LaunchSpec.model`` is the name of its profile."""
 
     name = "simulated"
+    paths: Mapping[str, str] = {
+        path: own for path, own in Vllm.paths.items() if path not in ("/v1/rerank", "/v1/score")
+    }
     loading_phases: tuple[Phase, ...] = (Phase(re.compile(r"Starting simulated engine"), "opening its port"),)
 
     def obstacles(self, spec: LaunchSpec) -> Iterator[str]:

@@ -399,8 +399,14 @@ def engines_install(
     """
     from engines.devices import Device
     from engines.environments import ensure_environment, recipe_for
+    from engines.simulated import DEFAULT_PROFILE, own_environment
     from gateway.greeting import Display
 
+    if kind == "simulated":
+        ready = f"forebay engines run simulated --profile {DEFAULT_PROFILE}"
+        typer.echo(f"forebay: a simulated engine needs nothing installed; run it: {ready}", err=True)
+        typer.echo(own_environment().directory)
+        return
     recipe = recipe_for(kind, Device(device.value))
     with Display() as display:
         environment = ensure_environment(recipe, load(_configuration_file(config)).data_dir, display.report)

@@ -218,6 +218,15 @@ def test_an_engine_that_cannot_be_installed_is_one_line() -> None:
     assert "\n" not in said
 
 
+def test_a_simulated_engine_needs_no_installing(home: Path) -> None:
+    """It runs in this interpreter's own environment; whoever asks is told what to type instead."""
+    result = forebay("engines", "install", "simulated")
+    assert (result.exit_code, result.stdout) == (0, f"{sys.prefix}\n")
+    run = "forebay engines run simulated --profile h100-8b"
+    assert result.stderr == f"forebay: a simulated engine needs nothing installed; run it: {run}\n"
+    assert not home.exists()
+
+
 def test_an_engine_of_no_known_kind_cannot_be_run() -> None:
     assert refused("engines", "run", "vlm") == "engines[0].kind: is no engine; did you mean vllm?"
 
