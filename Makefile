@@ -58,6 +58,10 @@ test-engines: $(STAMP) ## The conformance suite on every engine
 bench: $(STAMP) ## Compare with nginx and a naive gateway; PEERS="sglang-router smg" installs and adds those
 	@$(BIN)/python -m loadtests.bench.run $(if $(PEERS),--peers $(shell echo $(PEERS) | tr ' ' ',')) $(ARGS)
 
+.PHONY: docs
+docs: $(STAMP) ## Write the tables of docs/engines.md anew from what the engines declare
+	@$(BIN)/forebay engines table --write docs/engines.md
+
 .PHONY: lock
 lock: $(STAMP) ## Resolve the lock files anew from pyproject.toml
 	@$(BIN)/uv pip compile -q --upgrade --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \

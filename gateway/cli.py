@@ -475,6 +475,30 @@ def engines_check(
     raise typer.Exit(0 if good else 1)
 
 
+@engines_app.command("table")
+def engines_table(
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Put it between the marks of this Markdown file instead.")
+    ] = None,
+) -> None:
+    """Print what each engine can do on each device, and how far that was shown, as Markdown.
+
+    Example: `forebay engines table --write docs/engines.md`
+    """
+    from engines.table import render, with_tables
+
+    if write is None:
+        typer.echo(render())
+        return
+    try:
+        page = with_tables(write.read_text(encoding="utf-8"))
+        write.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"{write}: {error.strerror}; name a file that is there and can be written") from None
+    except ValueError as error:
+        raise CommandError(f"{write}: {error}") from None
+
+
 @app.command()
 def doctor(config: ConfigOption = None) -> None:
     """Say what is installed, what is missing and what to type. Changes nothing; exits with 1 when something is wrong.

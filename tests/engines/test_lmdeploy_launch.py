@@ -207,20 +207,21 @@ COMBINED = [
     )
 ]
 MORE = [
+    *(spec(device, max_model_len=131072) for device in Device),
     spec(Device.CPU, max_model_len=512, dtype="bfloat16", api_key="secret"),
     spec(max_model_len=512, dtype="float16", memory_share=0.5, max_running=7, api_key="secret"),
     spec(Device.ASCEND, memory_share=0.9, extra_args=("--eager-mode", "--max-batch-size", "4")),
 ]
+ABLE = [one for one in (*COMBINED, *MORE) if not any(LMDEPLOY.obstacles(one))]
 
 
 @pytest.mark.all_engines
 def test_lmdeploy_s_own_parser_takes_every_command_line() -> None:
     """It refuses flags it does not know and formats it does not have; what it read is what was meant."""
     environment, _ = prepared("lmdeploy")
-    able = [one for one in (*COMBINED, *MORE) if not any(LMDEPLOY.obstacles(one))]
     # Full weights, and each format of its device, on one device and on four, with adapters where it has them.
-    assert len(able) == 2 + 4 * 2 * 2 + 2 * 2 + len(MORE)
-    lines = [LMDEPLOY.command_line(one, PYTHON) for one in able]
+    assert len(ABLE) == 2 + 4 * 2 * 2 + 2 * 2 + len(MORE)
+    lines = [LMDEPLOY.command_line(one, PYTHON) for one in ABLE]
     result = subprocess.run(
         [str(environment.python), "-c", PARSE],
         input=json.dumps([line[line.index("serve") :] for line in lines]),
@@ -230,7 +231,7 @@ def test_lmdeploy_s_own_parser_takes_every_command_line() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    for one, read in zip(able, json.loads(result.stdout.splitlines()[-1]), strict=True):
+    for one, read in zip(ABLE, json.loads(result.stdout.splitlines()[-1]), strict=True):
         assert (read["model_path"], read["model_name"], read["backend"]) == ("/models/m", "m", "pytorch")
         assert (read["server_name"], read["server_port"]) == ("127.0.0.1", 8001)
         assert read["device"] == ("ascend" if one.device is Device.ASCEND else "cuda")

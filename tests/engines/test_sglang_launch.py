@@ -161,21 +161,31 @@ def test_nothing_stands_in_the_way_of_what_it_can_do() -> None:
         assert list(SGLANG.obstacles(spec(device, adapters=AdapterSlots()))) == []
 
 
+SIZES = (Parallel(), Parallel(tensor=2), Parallel(pipeline=2), Parallel(data=2), Parallel(4, 2, 2))
+SLOTS = AdapterSlots(active=3, at_start=(("a@1", "/a"),))
+LENGTH = 131072
+FULL: dict[str, Any] = {
+    "adapters": SLOTS,
+    "allowed_media_domains": ("a.example",),
+    "max_model_len": LENGTH,
+    "max_queued": 16,
+    "max_running": 8,
+    "memory_share": 0.8,
+}
+COMBINED = [
+    spec(device, quantization=quantization, parallel=parallel, **FULL)
+    for device, quantization, parallel in itertools.product(Device, [None, *Quantization], SIZES)
+]
+ABLE = [spec(), *(one for one in COMBINED if not list(SGLANG.obstacles(one)))]
+
+
 @pytest.mark.all_engines
 def test_sglang_s_own_parser_takes_every_command_line() -> None:
     """Each device, each way to store weights, each way to spread them: SGLang refuses flags and values that it does not
     know, and what it read is what was meant."""
     environment, _ = prepared("sglang")
-    sizes = [Parallel(), Parallel(tensor=2), Parallel(pipeline=2), Parallel(data=2), Parallel(4, 2, 2)]
-    slots = AdapterSlots(active=3, at_start=(("a@1", "/a"),))
-    plain: dict[str, Any] = {"adapters": slots, "memory_share": 0.8, "max_running": 8, "max_queued": 16}
-    specs = [
-        spec(device, quantization=quantization, parallel=parallel, allowed_media_domains=("a.example",), **plain)
-        for device, quantization, parallel in itertools.product(Device, [None, *Quantization], sizes)
-    ]
-    able = [spec(), *(one for one in specs if not list(SGLANG.obstacles(one)))]
-    assert len(able) == 1 + 1 + 6 * len(sizes) + (1 + len(ON_ASCEND)) * len(sizes)
-    lines = [SGLANG.command_line(one, environment.python)[3:] for one in able]
+    assert len(ABLE) == 1 + 1 + 6 * len(SIZES) + (1 + len(ON_ASCEND)) * len(SIZES)
+    lines = [SGLANG.command_line(one, environment.python)[3:] for one in ABLE]
     result = subprocess.run(
         [str(environment.python), "-c", PARSE],
         input=json.dumps(lines),
@@ -189,7 +199,7 @@ def test_sglang_s_own_parser_takes_every_command_line() -> None:
     assert (read[0]["model_path"], read[0]["served_model_name"]) == ("/models/m", "m")
     assert (read[0]["host"], read[0]["port"], read[0]["allowed_media_domains"]) == ("127.0.0.1", 8001, ["none.invalid"])
     assert (read[0]["device"], read[0]["context_length"], read[0]["dtype"]) == ("cpu", 2048, "bfloat16")
-    for asked, found in zip(able[1:], read[1:], strict=True):
+    for asked, found in zip(ABLE[1:], read[1:], strict=True):
         assert found["device"] == {Device.ASCEND: "npu"}.get(asked.device, asked.device)
         assert (found["tp_size"], found["pp_size"], found["dp_size"]) == (
             asked.parallel.tensor,
@@ -200,4 +210,5 @@ def test_sglang_s_own_parser_takes_every_command_line() -> None:
         assert (found["max_running_requests"], found["max_queued_requests"]) == (8, 16)
         assert (found["mem_fraction_static"], found["allowed_media_domains"]) == (0.8, ["a.example"])
         assert (found["enable_lora"], found["max_loras_per_batch"], found["max_lora_rank"]) == (True, 4, 16)
-        assert len(found["lora_target_modules"]) == len(slots.targets)
+        assert len(found["lora_target_modules"]) == len(SLOTS.targets)
+        assert found["context_length"] == LENGTH

@@ -185,16 +185,19 @@ def test_what_cannot_work_is_told_with_the_reason(changes: dict[str, Any], reaso
     assert reason in told
 
 
+SINGLE = [
+    spec(),
+    spec(Device.CUDA, address=Address(unix=Path("/run/e.sock")), allowed_media_domains=("a.example", "b.example")),
+    spec(Device.ASCEND, max_model_len=512, extra_args=("--max-num-seqs", "4")),
+]
+
+
 @pytest.mark.real_engine
 def test_vllm_s_own_parser_takes_every_command_line() -> None:
     """vLLM refuses flags it does not know; what it read is what was meant."""
     environment, _ = prepared()
-    specs = [
-        spec(),
-        spec(Device.CUDA, address=Address(unix=Path("/run/e.sock")), allowed_media_domains=("a.example", "b.example")),
-        spec(Device.ASCEND, max_model_len=512, extra_args=("--max-num-seqs", "4")),
-    ]
-    cpu, cuda, ascend = parsed([Vllm().command_line(one, environment.python)[3:] for one in specs], environment.python)
+    lines = [Vllm().command_line(one, environment.python)[3:] for one in SINGLE]
+    cpu, cuda, ascend = parsed(lines, environment.python)
     assert (cpu["model_tag"], cpu["served_model_name"], cpu["host"], cpu["port"]) == (
         "/models/m",
         ["m"],
