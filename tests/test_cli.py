@@ -60,7 +60,7 @@ def refused(*arguments: str, stdin: str | None = None) -> str:
 
 @pytest.mark.parametrize(
     "command", ["serve", "doctor", "config check", "config schema", "keys create", "keys import", "keys revoke",
-                "engines install", "engines run"]
+                "engines install", "engines run", "engines check", "engines table"]
 )  # fmt: skip
 def test_help_teaches_by_example(command: str) -> None:
     shown = forebay(*command.split(), "--help").stdout

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import openai
 import pytest
 
 from engines.registry import ENGINES
@@ -16,7 +17,7 @@ from gateway.settings import Upstream
 from tests.api.test_caps_and_fields import MESSAGES, body_for
 from tests.conftest import Connect
 from tests.support.client import RawClient, Response
-from tests.support.gateway import AUTH, CHAT, ENGINE_MODEL, MODEL, Gateway, StartGateway, relayed
+from tests.support.gateway import AUTH, CHAT, ENGINE_MODEL, KEY, MODEL, Gateway, StartGateway, relayed
 from tests.support.script import Script, json_answer
 from tests.support.upstream import ScriptedUpstream
 
@@ -115,6 +116,18 @@ async def test_a_field_of_any_engine_is_refused_where_several_kinds_serve_one_mo
                         expect_refusal(await ask(client, path, body), path, name, told)
         assert [relayed(upstream) for upstream in upstreams] == [[], [], []]
         await expect_it_would_have_arrived(gateway, upstreams, CHAT)
+
+
+@pytest.mark.parametrize("name", ["lora_path", "adapter_name", "vllm_xargs"])
+async def test_an_sdk_is_told_which_field_it_was(gateway: Gateway, upstream: ScriptedUpstream, name: str) -> None:
+    """What is called ``extra_body`` there are fields of the body like all others."""
+    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=KEY, max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "Hi"}], extra_body={name: "x"}
+            )
+    assert (caught.value.code, caught.value.param) == ("field_not_allowed", name)
+    assert relayed(upstream) == []
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
