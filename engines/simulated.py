@@ -56,7 +56,7 @@ class Simulated(Vllm):
         for flag, size in (
             ("--max-model-len", spec.max_model_len),
             ("--max-num-seqs", spec.max_running),
-            ("--max-num-queued-reqs", spec.max_queued),
+            ("--max-num-queued-reqs", _unfinished(spec)),
         ):
             command += [flag, str(size)] if size is not None else []
         if spec.adapters is not None:
@@ -69,3 +69,10 @@ class Simulated(Vllm):
         """Return its own variables; the key is one of them since a command line can be read by every user."""
         variables = {} if spec.api_key is None else {"VLLM_API_KEY": spec.api_key}
         return {**variables, **spec.extra_environment}
+
+
+def _unfinished(spec: LaunchSpec) -> int | None:
+    """Return what bounds its queue: as vLLM's own, the bound counts the requests that run too."""
+    if spec.max_queued is None:
+        return None
+    return spec.max_queued + (spec.max_running or PROFILES[spec.model].max_num_seqs)

@@ -79,6 +79,7 @@ class Vllm:
         | Capability.FORCED_TOOLS
         | Capability.JSON_SCHEMA
         | Capability.LOGPROBS
+        | Capability.STOP_WORDS
         | Capability.SEVERAL_ANSWERS
         | Capability.MODELS_CHECKED
         | Capability.LENGTH_CHECKED
@@ -155,6 +156,8 @@ class Vllm:
             yield "one vLLM on cpu is one process on one machine's memory; run several engines instead"
         if device is Device.CPU and spec.memory_share is not None:
             yield "memory_share is a share of a device's own memory; on cpu set VLLM_CPU_KVCACHE_SPACE (GiB) instead"
+        if spec.max_queued is not None and _max_running(spec) is None:
+            yield "vLLM bounds running and waiting requests together: with max_queued, say max_running too"
 
     def command_line(self, spec: LaunchSpec, python: Path) -> list[str]:
         """Return the command for ``vllm serve``; what the person added comes last, so that it wins."""
@@ -168,7 +171,7 @@ class Vllm:
         command += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
         if spec.device is Device.CPU:
             command += ["--enforce-eager"]
-        if running := spec.max_running or _CPU_MAX_RUNNING.get(spec.device):
+        if (running := _max_running(spec)) is not None:
             command += ["--max-num-seqs", str(running)]
         if dtype := spec.dtype or _CPU_DTYPE.get(spec.device):
             command += ["--dtype", dtype]
@@ -208,6 +211,11 @@ _GAUGES = {
 _ADAPTER_AS_WANTED = re.compile(r"has already been loaded|has been already loaded|cannot be found")
 
 
+def _max_running(spec: LaunchSpec) -> int | None:
+    """Return how many requests one rank runs at a time; None: as many as vLLM chooses for the device."""
+    return spec.max_running or _CPU_MAX_RUNNING.get(spec.device)
+
+
 def _sizes(spec: LaunchSpec) -> list[str]:
     """How many devices, how much of their memory, how many requests, how the weights are stored."""
     parallel = spec.parallel
@@ -220,8 +228,9 @@ def _sizes(spec: LaunchSpec) -> list[str]:
         words += [flag, str(size)] if size > 1 else []
     if spec.memory_share is not None:
         words += ["--gpu-memory-utilization", f"{spec.memory_share:g}"]
-    if spec.max_queued is not None:
-        words += ["--max-num-queued-reqs", str(spec.max_queued)]
+    if spec.max_queued is not None and (running := _max_running(spec)) is not None:
+        # Its bound counts the requests that run too, those of all its data parallel ranks.
+        words += ["--max-num-queued-reqs", str(spec.max_queued + running * parallel.data)]
     if spec.quantization is not None:
         words += ["--quantization", _QUANTIZATIONS[spec.device][spec.quantization]]
     return words

@@ -68,7 +68,7 @@ def profile_of(given: argparse.Namespace) -> Profile:
         "max_model_len": given.max_model_len,
         "max_num_seqs": given.max_num_seqs,
         "max_num_batched_tokens": given.max_num_batched_tokens,
-        "max_queued": given.max_num_queued_reqs,
+        "max_unfinished": given.max_num_queued_reqs,
         "kv_blocks": given.num_gpu_blocks_override,
         "max_loras": 0 if given.no_lora else given.max_loras,
         "max_cpu_loras": given.max_cpu_loras,

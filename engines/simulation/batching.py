@@ -620,8 +620,8 @@ class EngineModel:
 
     def _refusal(self, requests: Sequence[Request]) -> Refusal | None:
         profile = self.profile
-        queued = len(self._waiting) + len(requests)
-        if profile.max_queued is not None and self._run is not None and queued > profile.max_queued:
+        unfinished = self.running + self.waiting + len(requests)
+        if profile.max_unfinished is not None and unfinished > profile.max_unfinished:
             return Refusal.QUEUE_FULL
         for request in requests:
             assert request.id not in self._sequences, f"{request.id} is there already"

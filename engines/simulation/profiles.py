@@ -44,7 +44,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     prefill_context_ps: int = 0
     block_tokens: int = 16
     hash_tokens: int = 16
-    max_queued: int | None = None
+    max_unfinished: int | None = None
+    """Sequences that may run and wait together, as vLLM's ``--max-num-queued-reqs`` counts them."""
     by_priority: bool = False
     max_loras: int = 4
     max_cpu_loras: int = 32

@@ -14,6 +14,7 @@ import pytest
 from engines.devices import Device, Quantization
 from engines.launch import AdapterSlots, LaunchSpec, Parallel, process_environment
 from engines.minder import Address
+from engines.simulated import Simulated
 from engines.vllm import Vllm
 from tests.support.launches import every_command_line, every_spec
 from tests.support.real_engine import prepared
@@ -160,7 +161,15 @@ def test_every_device_quantization_parallelism_and_adapter_is_taken() -> None:
         assert sizes == (one.parallel.tensor, one.parallel.pipeline, one.parallel.data)
         assert (read["quantization"] is None) == (one.quantization is None)
         assert bool(read["enable_lora"]) == (one.adapters is not None)
-        assert (read["max_num_seqs"], read["max_num_queued_reqs"]) == (64, 256)
+        assert (read["max_num_seqs"], read["max_num_queued_reqs"]) == (64, 256 + 64 * one.parallel.data)
+
+
+def test_a_bound_on_waiting_is_one_on_all_that_are_there() -> None:
+    """vLLM refuses when what runs and what waits reach the bound together."""
+    for kind in (Vllm(), Simulated()):
+        given = spec(max_running=4, max_queued=8, model="instant" if kind.name == "simulated" else "/models/m")
+        assert flag(kind.command_line(given, PYTHON), "--max-num-queued-reqs") == "12"
+    assert flag(Vllm().command_line(spec(max_queued=8), PYTHON), "--max-num-queued-reqs") == "40"
 
 
 def test_the_next_rank_that_vllm_takes_is_asked_for() -> None:
@@ -178,6 +187,7 @@ def test_the_next_rank_that_vllm_takes_is_asked_for() -> None:
         ({"device": Device.ASCEND, "quantization": Quantization.BNB}, "no bnb weights on ascend"),
         ({"parallel": Parallel(tensor=2)}, "run several engines instead"),
         ({"memory_share": 0.5}, "VLLM_CPU_KVCACHE_SPACE"),
+        ({"device": Device.CUDA, "max_queued": 8}, "say max_running too"),
     ],
 )
 def test_what_cannot_work_is_told_with_the_reason(changes: dict[str, Any], reason: str) -> None:

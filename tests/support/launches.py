@@ -8,6 +8,7 @@ from pathlib import Path
 from engines.devices import Device, Quantization
 from engines.launch import AdapterSlots, LaunchSpec, Parallel
 from engines.minder import Address
+from engines.protocol import Capability
 from engines.registry import ENGINES
 
 PARALLEL = (Parallel(), Parallel(tensor=2), Parallel(tensor=4, pipeline=2), Parallel(data=2), Parallel(2, 2, 2))
@@ -33,7 +34,7 @@ def every_spec(kind: str) -> list[LaunchSpec]:
             parallel=parallel,
             memory_share=None if on_cpu else 0.85,
             max_running=64,
-            max_queued=256,
+            max_queued=256 if Capability.BOUNDED_QUEUE in engine.capabilities else None,
             adapters=adapters,
             visible_devices=() if on_cpu else tuple(str(number) for number in range(parallel.devices)),
         )

@@ -391,7 +391,7 @@ def test_the_first_use_of_an_adapter_takes_its_loading_time() -> None:
 
 def test_what_cannot_be_taken_is_refused() -> None:
     """A full queue, a request that never fits, an adapter where there are no slots."""
-    model = EngineModel(small(max_queued=1, max_num_seqs=1))
+    model = EngineModel(small(max_unfinished=2, max_num_seqs=1))
     assert model.arrive(Request("r0", 1, 5), 0) is None
     assert model.arrive(Request("r1", 1, 5), 0) is None
     assert model.arrive(Request("r2", 1, 5), 0) is Refusal.QUEUE_FULL

@@ -187,8 +187,8 @@ async def test_a_key_is_asked_for_where_vllm_asks(start: Start) -> None:
 
 
 async def test_too_many_are_refused_as_recorded(start: Start) -> None:
-    """What waits beyond the bound gets vLLM's 503."""
-    engine = await start("--profile", "h100-8b", "--max-num-seqs", "1", "--max-num-queued-reqs", "1")
+    """What comes beyond the bound, which counts those that run, gets vLLM's 503."""
+    engine = await start("--profile", "h100-8b", "--max-num-seqs", "1", "--max-num-queued-reqs", "2")
     recording = load("vllm", "s2_over_4")
     asked = {**recording.request_json(), "max_tokens": 60}
     async with (
