@@ -51,8 +51,8 @@ test: check ## Everything: checks and the whole suite, the real engine included
 	@$(BIN)/python -m pytest -m real_engine
 
 .PHONY: test-engines
-test-engines: $(STAMP) ## The conformance suite on every engine
-	@$(BIN)/python -m pytest -m all_engines
+test-engines: $(STAMP) ## The conformance suite, and all else about engines, on every engine; sets them up first
+	@$(BIN)/python -m pytest tests/engines
 
 .PHONY: bench
 bench: $(STAMP) ## Compare with nginx and a naive gateway; PEERS="sglang-router smg" installs and adds those

@@ -23,8 +23,9 @@ from engines.registry import ENGINES
 
 CHAT = "/v1/chat/completions"
 NONE = Capability(0)
-FREED_WITHIN = 30.0
-"""Seconds an engine may show a request that its client has left; LMDeploy's gauges are 10 s old at worst."""
+FREED_WITHIN = 60.0
+"""Seconds an engine may show a request that its client has left: LMDeploy tells what was 10 s ago, an SGLang without
+work looks at its queue every 30 s."""
 _QUESTION = "What is the capital of France?"
 _TOOL = {
     "type": "function",
@@ -254,7 +255,7 @@ async def check_stream(subject: Subject) -> None:
             _want(not chunk.get("usage"), f"usage came unasked: {chunk}")
             for choice in chunk["choices"]:
                 text += choice["delta"].get("content") or ""
-                finish = choice["finish_reason"] or finish
+                finish = choice.get("finish_reason") or finish
     whole = await _answer(subject)
     _want(count > 2, f"the stream had {count} chunks")
     _want(text == _text(whole), f"streamed {text!r}, whole {_text(whole)!r}")
@@ -292,7 +293,7 @@ async def check_length(subject: Subject) -> None:
     _want(value["usage"]["completion_tokens"] == 2, f"usage is {value['usage']}")
 
 
-@check()
+@check(Capability.STOP_WORDS)
 async def check_stop(subject: Subject) -> None:
     """A stop word ends an answer before it."""
     words = _text(await _answer(subject)).split()
@@ -319,7 +320,7 @@ async def check_logprobs(subject: Subject) -> None:
     """logprobs tell each token's probability and its rivals'."""
     content = (await _answer(subject, logprobs=True, top_logprobs=2, max_tokens=4))["logprobs"]["content"]
     _want(len(content) >= 1, "there are none")
-    _want(all(token["logprob"] <= 0 and len(token["top_logprobs"]) == 2 for token in content), f"{content[0]}")
+    _want(all(token["logprob"] <= 0 and 1 <= len(token["top_logprobs"]) <= 2 for token in content), f"{content[0]}")
 
 
 @check(Capability.TOOLS)

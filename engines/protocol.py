@@ -118,6 +118,8 @@ class Capability(enum.Flag):
     """``response_format`` with a schema holds."""
     LOGPROBS = enum.auto()
     """It tells the probabilities of tokens, top candidates included."""
+    STOP_WORDS = enum.auto()
+    """``stop`` ends an answer before any text that is named; without this only before text that is one token."""
     SEVERAL_ANSWERS = enum.auto()
     """``n`` above one."""
     MODELS_CHECKED = enum.auto()

@@ -105,6 +105,7 @@ class Sglang:
         | Capability.FORCED_TOOLS
         | Capability.JSON_SCHEMA
         | Capability.LOGPROBS
+        | Capability.STOP_WORDS
         | Capability.SEVERAL_ANSWERS
         | Capability.LENGTH_CHECKED
         | Capability.CACHE_SALT

@@ -74,9 +74,10 @@ def _each(subjects: Iterable[Subject], test: str) -> dict[Subject, str]:
     return dict.fromkeys(subjects, test)
 
 
-def _checks(test: str, **checks: Capability) -> dict[Subject, str]:
-    """Return what checks of ``engines.conformance`` show, each run by ``test`` under its name."""
-    return {capability: f"{test}[{name}]" for name, capability in checks.items()}
+def _checks(kind: str, **checks: Capability) -> dict[Subject, str]:
+    """Return what checks of ``engines.conformance`` show on a kind of engine, each under its name."""
+    test = "engines/test_conformance.py::test_conformance"
+    return {capability: f"{test}[{kind}-{name}]" for name, capability in checks.items()}
 
 
 _CHATS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
@@ -85,16 +86,19 @@ _ANSWERS = {
     "forced_tool": Capability.FORCED_TOOLS,
     "json_schema": Capability.JSON_SCHEMA,
     "logprobs": Capability.LOGPROBS,
+    "stop": Capability.STOP_WORDS,
     "several_answers": Capability.SEVERAL_ANSWERS,
     "too_many_tokens": Capability.LENGTH_CHECKED,
+    "adapter": Capability.ADAPTERS,
 }
 _NO_PRIORITY_SENT = "the gateway itself sends no priority yet"
 _RECORDED = "recorded from a real one that serves a pooling model; tests replay that"
 
 _VLLM = Evidence(
     run={
-        **_checks("e2e/test_conformance.py::test_conformance", **_ANSWERS),
+        **_checks("vllm", **_ANSWERS),
         **_each((*_CHATS, "/tokenize"), "e2e/test_real_gateway.py::test_every_relayed_path"),
+        Capability.BOUNDED_QUEUE: "engines/test_conformance.py::test_overload[vllm]",
         Capability.UNIX_SOCKET: "e2e/test_serve_command.py::test_ctrl_c_stops_everything_and_leaves_nothing",
         Start.STARTED: "engines/test_real_vllm.py::test_the_packaged_model_answers",
         Start.FULL_WEIGHTS: "engines/test_real_vllm.py::test_the_packaged_model_answers",
@@ -118,7 +122,7 @@ _VLLM = Evidence(
 )
 _SGLANG = Evidence(
     run={
-        **_checks("engines/test_real_sglang.py::test_conformance", **_ANSWERS, adapter=Capability.ADAPTERS),
+        **_checks("sglang", **_ANSWERS),
         **_each((*_CHATS, "/tokenize"), "engines/test_real_sglang.py::test_every_path_that_it_serves"),
         Capability.CACHE_SALT: "engines/test_real_sglang.py::test_a_salt_keeps_prefix_caches_apart",
         Capability.BOUNDED_QUEUE: "engines/test_real_sglang.py::test_a_full_engine_is_busy_and_never_a_200",
@@ -169,6 +173,7 @@ _LMDEPLOY = Evidence(
         Capability.ADAPTERS: frozenset({Device.CPU, Device.CUDA}),
     },
     unable={
+        Capability.STOP_WORDS: "LMDeploy stops only before text that is one token, with the space before it",
         Capability.FORCED_TOOLS: "a required tool is called, a named one only if the model would have anyway",
         Capability.LENGTH_CHECKED: "LMDeploy gives less than was asked for, without a word",
         Capability.CACHE_SALT: "LMDeploy caches prefixes only where its operator asks for it, and then for all alike",
@@ -192,7 +197,7 @@ _LMDEPLOY = Evidence(
 )
 _SIMULATED = Evidence(
     run={
-        **_checks("engines/simulated/test_conformance.py::test_conformance", **_ANSWERS),
+        **_checks("simulated", **_ANSWERS),
         **_each(
             (*_CHATS, "/tokenize", Capability.MODELS_CHECKED),
             "engines/simulated/test_wire.py::test_answers_have_the_recorded_form",
@@ -202,11 +207,10 @@ _SIMULATED = Evidence(
             "engines/simulated/test_through_gateway.py::test_the_configuration_starts_one",
         ),
         "/v1/embeddings": "engines/simulated/test_server.py::test_embeddings_where_it_is_a_pooling_engine",
-        Capability.ADAPTERS: "engines/simulated/test_isolation.py::test_nobody_is_answered_by_another_teams_adapter",
         Capability.ADAPTER_LOADING: "engines/simulated/test_wire.py::test_an_adapter_comes_and_goes",
         Capability.BOUNDED_QUEUE: "engines/simulated/test_wire.py::test_too_many_are_refused_as_recorded",
         Capability.CACHE_SALT: "engines/simulated/test_server.py::test_a_prefix_is_cached_per_salt",
-        Start.CONTEXT: "engines/simulated/test_conformance.py::test_conformance[too_long]",
+        Start.CONTEXT: "engines/test_conformance.py::test_conformance[simulated-too_long]",
         Start.LONG_CONTEXT: "engines/simulated/test_server.py::test_a_slow_reader_gets_it_all",
     },
     unable={

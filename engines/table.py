@@ -211,6 +211,7 @@ TOPICS = (
             Row(Capability.FORCED_TOOLS, "a named tool is called"),
             Row(Capability.JSON_SCHEMA, "JSON of a schema"),
             Row(Capability.LOGPROBS, "`logprobs`"),
+            Row(Capability.STOP_WORDS, "any text stops it (`stop`)"),
             Row(Capability.SEVERAL_ANSWERS, "several answers (`n`)"),
         ),
     ),

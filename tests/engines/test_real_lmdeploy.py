@@ -22,18 +22,15 @@ from pydantic import SecretStr
 
 from engines.launch import AdapterSlots
 from engines.lmdeploy import LmDeploy
-from engines.protocol import EngineLoad, Fault
+from engines.protocol import Fault
 from gateway.settings import Upstream
-from tests.conftest import Connect
-from tests.support import client as raw_client
-from tests.support import gateway as gateway_support
 from tests.support.adapters import make_adapter
 from tests.support.client import Response
-from tests.support.gateway import AUTH, CHAT, Gateway, StartGateway, face, start_gateway
-from tests.support.real_engine import ANSWER_WITHIN, RealEngine, running
+from tests.support.gateway import CHAT, Gateway, StartGateway, face, start_gateway
+from tests.support.real_engine import FREE_WITHIN, LOOK, RealEngine, patience, running
 from tests.support.script import DONE
 
-__all__ = ["face", "start_gateway"]
+__all__ = ["face", "patience", "start_gateway"]
 
 pytestmark = pytest.mark.all_engines
 
@@ -43,10 +40,6 @@ QUESTION = "What is the capital of France?"
 TURNS = [{"role": "user", "content": QUESTION}]
 PARIS = "The capital of France is Paris."
 ENDLESS = {"max_tokens": 1500, "ignore_eos": True}
-FREE_WITHIN = 60.0
-"""Seconds after which an engine that works for nobody fails the test; its figures are ten seconds old."""
-LOOK = 0.2
-"""Seconds between two looks at the engine."""
 LMDEPLOY = LmDeploy()
 
 
@@ -66,13 +59,6 @@ def direct(engine: RealEngine) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for a real engine longer than for a scripted one."""
-    for module in (raw_client, gateway_support):
-        monkeypatch.setattr(module, "PATIENCE", ANSWER_WITHIN)
-
-
 def upstream(engine: RealEngine) -> Upstream:
     assert engine.api_key is not None
     return Upstream(url=engine.url, engine="lmdeploy", api_key=SecretStr(engine.api_key))
@@ -82,23 +68,6 @@ def upstream(engine: RealEngine) -> Upstream:
 async def gateway(start_gateway: StartGateway, engine: RealEngine, patience: None) -> AsyncIterator[Gateway]:
     """A gateway that asks the engine what it serves."""
     yield await start_gateway(upstream(engine))
-
-
-def load_of(engine: RealEngine) -> EngineLoad:
-    with engine.client() as client:
-        load = LMDEPLOY.read_load(client.get(LMDEPLOY.metrics_path).content)
-    assert load is not None
-    return load
-
-
-async def told(engine: RealEngine, running: int) -> float:
-    """Wait until the engine says that it runs that many and none waits; return how many seconds that took."""
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    async with asyncio.timeout(FREE_WITHIN):
-        while (load := await asyncio.to_thread(load_of, engine)).running != running or load.waiting:
-            await asyncio.sleep(LOOK)
-    return loop.time() - began
 
 
 def ask(**fields: Any) -> dict[str, Any]:
@@ -286,19 +255,6 @@ def test_the_list_of_models_names_no_base(direct: httpx.Client) -> None:
 
 
 # --- load and leaving --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_frees_the_engine(
-    gateway: Gateway, engine: RealEngine, connect: Connect, stream: bool
-) -> None:
-    client = await connect(gateway.url)
-    client.post(CHAT, ask(**ENDLESS, stream=stream), AUTH)
-    await told(engine, running=1)
-    await client.close()
-    await told(engine, running=0)
-    assert (await gateway.line())["outcome"] == "client_gone"
-    assert text_of(await gateway.ask(ask())) == PARIS
 
 
 # --- its processes -----------------------------------------------------------------------------------------------

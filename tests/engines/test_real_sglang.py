@@ -7,7 +7,6 @@ One engine for all: two requests run, eight wait, and an adapter is there from t
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Iterator
@@ -20,22 +19,18 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
-from engines.conformance import CHECKS, Verdict, run_check
 from engines.launch import AdapterSlots
-from engines.protocol import Call, Dispatch, EngineError, EngineLoad
+from engines.protocol import Call, Dispatch, EngineError
 from engines.sglang import Sglang
 from gateway.settings import Upstream
-from gateway.trial import subject_of
 from tests.conftest import Connect
-from tests.support import client as raw_client
-from tests.support import gateway as gateway_support
 from tests.support.adapters import make_adapter
 from tests.support.client import Response
 from tests.support.gateway import AUTH, CHAT, Gateway, StartGateway, face, start_gateway
-from tests.support.real_engine import ANSWER_WITHIN, RealEngine, running
+from tests.support.real_engine import RealEngine, busy, free, patience, running
 from tests.support.script import DONE
 
-__all__ = ["face", "start_gateway"]
+__all__ = ["face", "patience", "start_gateway"]
 
 pytestmark = pytest.mark.all_engines
 
@@ -45,10 +40,6 @@ QUESTION = "What is the capital of France?"
 TURNS = [{"role": "user", "content": QUESTION}]
 PARIS = "The capital of France is Paris."
 ENDLESS = {"max_tokens": 1500, "ignore_eos": True}
-FREE_WITHIN = 60.0
-"""Seconds after which an engine that works for nobody fails the test; idle, SGLang looks at its queue every 30 s."""
-LOOK = 0.05
-"""Seconds between two looks at the engine's figures."""
 JSON = {"content-type": "application/json"}
 SGLANG = Sglang()
 
@@ -70,13 +61,6 @@ def direct(engine: RealEngine) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for a real engine longer than for a scripted one."""
-    for module in (raw_client, gateway_support):
-        monkeypatch.setattr(module, "PATIENCE", ANSWER_WITHIN)
-
-
 def upstream(engine: RealEngine, models: dict[str, str] | None = None) -> Upstream:
     assert engine.api_key is not None
     return Upstream(url=engine.url, engine="sglang", api_key=SecretStr(engine.api_key), models=models)
@@ -88,32 +72,6 @@ async def gateway(start_gateway: StartGateway, engine: RealEngine, patience: Non
     started = await start_gateway(upstream(engine))
     await free(engine)
     yield started
-
-
-def load_of(engine: RealEngine) -> EngineLoad:
-    with engine.client() as client:
-        load = SGLANG.read_load(client.get(SGLANG.metrics_path).content)
-    assert load is not None
-    return load
-
-
-async def free(engine: RealEngine) -> float:
-    """Wait until the engine says that it does nothing; return how many seconds that took."""
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    async with asyncio.timeout(FREE_WITHIN):
-        while True:
-            load = await asyncio.to_thread(load_of, engine)
-            if load.running == load.waiting == 0:
-                return loop.time() - began
-            await asyncio.sleep(LOOK)
-
-
-async def busy(engine: RealEngine, running: int, waiting: int) -> None:
-    """Wait until the engine says that it runs and keeps waiting that many."""
-    async with asyncio.timeout(ANSWER_WITHIN):
-        while (load := await asyncio.to_thread(load_of, engine)).running != running or load.waiting != waiting:
-            await asyncio.sleep(LOOK)
 
 
 def ask(**fields: Any) -> dict[str, Any]:
@@ -325,30 +283,6 @@ async def test_a_full_engine_is_busy_and_never_a_200(gateway: Gateway, engine: R
     await free(engine)
     for (path, _), found in told.items():
         assert found == (529 if path == "/v1/messages" else 503, "application/json", "1")
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_frees_the_engine(
-    gateway: Gateway, engine: RealEngine, connect: Connect, stream: bool
-) -> None:
-    client = await connect(gateway.url)
-    client.post(CHAT, ask(**ENDLESS, stream=stream), AUTH)
-    await busy(engine, running=1, waiting=0)
-    await client.close()
-    await free(engine)
-    assert (await gateway.line())["outcome"] == "client_gone"
-    assert text_of(await gateway.ask(ask())) == PARIS
-
-
-# --- conformance ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CHECKS)
-async def test_conformance(engine: RealEngine, name: str) -> None:
-    await free(engine)
-    async with subject_of(upstream(engine), BASE, ADAPTER, None) as subject:
-        result = await run_check(CHECKS[name], subject)
-    assert (result.verdict, result.detail) == (Verdict.PASSED, "")
 
 
 # --- its processes -----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from engines.devices import Device
@@ -30,8 +31,12 @@ from engines.environments import EngineEnvironment, ensure_environment, recipe_f
 from engines.launch import LaunchSpec, process_environment
 from engines.minder import Address, Minder
 from engines.models import ModelFiles, prepare_model
+from engines.protocol import EngineLoad
 from engines.registry import ENGINES
+from engines.simulated import own_environment, pretended_model
 from engines.steps import Step
+from tests.support import client as raw_client
+from tests.support import gateway as gateway_support
 from tests.support.served import Served
 
 START_WITHIN = 600.0
@@ -40,12 +45,17 @@ PREPARE_WITHIN = 900.0
 """Seconds for its environment and its model to be made, where they are not there yet."""
 ANSWER_WITHIN = 120.0
 """Seconds for an answer of the engine."""
+FREE_WITHIN = 60.0
+"""Seconds after which an engine that works for nobody fails the test; see ``engines.conformance.FREED_WITHIN``."""
+LOOK = 0.05
+"""Seconds between two looks at an engine's figures."""
 
 
 @dataclass(frozen=True, slots=True)
 class RealEngine:
     """An engine that answers. ``start_seconds`` is how long it took to be ready; ``url`` is as an upstream's."""
 
+    kind: str
     url: str
     model: str
     pid: int
@@ -57,6 +67,11 @@ class RealEngine:
     def port(self) -> int:
         """Its loopback port. Raises ``ValueError`` when it listens on a Unix socket."""
         return int(self.url.removeprefix("http://127.0.0.1:"))
+
+    def family(self) -> list[psutil.Process]:
+        """Return its processes, the first one first."""
+        leader = psutil.Process(self.pid)
+        return [leader, *leader.children(recursive=True)]
 
     def client(self) -> httpx.Client:
         """Return a client that speaks to the engine itself."""
@@ -75,6 +90,8 @@ def data_directory() -> Path:
 
 def prepared(kind: str = "vllm") -> tuple[EngineEnvironment, ModelFiles]:
     """Return an engine's CPU environment and the packaged model, made first where they are missing."""
+    if kind == "simulated":
+        return own_environment(), pretended_model(None)
     environment = ensure_environment(recipe_for(kind, Device.CPU), data_directory(), _tell_step)
     return environment, prepare_model("smollm2-135m-instruct", data_directory(), environment, _tell_step)
 
@@ -133,11 +150,46 @@ def running(kind: str, *extra_args: str, **changes: Any) -> Iterator[RealEngine]
             seconds = asyncio.run_coroutine_threadsafe(start(), loop).result()
             assert minder.engine_pid is not None
             yield RealEngine(
-                str(spec.address), spec.served_name, minder.engine_pid, minder.log_path, seconds, spec.api_key
+                kind, str(spec.address), spec.served_name, minder.engine_pid, minder.log_path, seconds, spec.api_key
             )
         finally:
             asyncio.run_coroutine_threadsafe(minder.stop(), loop).result()
     minder.log_path.unlink()
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for a real engine longer than for a scripted one."""
+    for module in (raw_client, gateway_support):
+        monkeypatch.setattr(module, "PATIENCE", ANSWER_WITHIN)
+
+
+def load_of(engine: RealEngine) -> EngineLoad:
+    """Return what an engine says of its load."""
+    kind = ENGINES[engine.kind]
+    with engine.client() as client:
+        load = kind.read_load(client.get(kind.metrics_path).content)
+    assert load is not None
+    return load
+
+
+async def free(engine: RealEngine) -> float:
+    """Wait until the engine says that it does nothing; return how many seconds that took."""
+    return await busy(engine, running=0, waiting=0, within=FREE_WITHIN)
+
+
+async def busy(engine: RealEngine, running: int, waiting: int, within: float = ANSWER_WITHIN) -> float:
+    """Wait until the engine says that it runs and keeps waiting that many; return how many seconds that took."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    load = None
+    try:
+        async with asyncio.timeout(within):
+            while (load := await asyncio.to_thread(load_of, engine)).running != running or load.waiting != waiting:
+                await asyncio.sleep(LOOK)
+    except TimeoutError:
+        raise AssertionError(f"wanted {running} running and {waiting} waiting, the engine shows {load}") from None
+    return loop.time() - began
 
 
 _SERVED = pytest.StashKey[Served]()
@@ -169,6 +221,7 @@ def vllm_engine(served: Served) -> RealEngine:
     arguments = leader.cmdline()
     said = dict(itertools.pairwise(arguments))
     return RealEngine(
+        kind="vllm",
         url=f"unix:{said['--uds']}",
         model=said["--served-model-name"],
         pid=leader.pid,

@@ -135,7 +135,8 @@ def test_the_list_of_models_does_not_tell_an_adapter_from_its_base() -> None:
         LMDEPLOY.read_models(b'{"error":"Unauthorized"}')
 
 
-def test_its_load_counts_those_that_wait_for_the_batch_and_those_that_wait_in_the_server() -> None:
+def test_its_load_is_what_its_scheduler_says() -> None:
+    """The server's own count of those that wait never forgets one whose client left."""
     metrics = recorded("metrics").body
     assert LMDEPLOY.read_load(metrics) == EngineLoad(running=0, waiting=0, cache_used=0.0)
     labels = b'{engine="0",model_name="smol"} '
@@ -148,7 +149,7 @@ def test_its_load_counts_those_that_wait_for_the_batch_and_those_that_wait_in_th
         line = b"lmdeploy:" + gauge + labels
         assert line + b"0.0\n" in metrics
         metrics = metrics.replace(line + b"0.0\n", line + value + b"\n")
-    assert LMDEPLOY.read_load(metrics) == EngineLoad(running=3, waiting=3, cache_used=0.25)
+    assert LMDEPLOY.read_load(metrics) == EngineLoad(running=3, waiting=1, cache_used=0.25)
     assert LMDEPLOY.read_load(b"") is None
 
 

@@ -1,0 +1,295 @@
+"""What stands behind the gateway acts alike, whatever its kind: shown on each kind, as a real process.
+
+The simulated engine computes nothing. vLLM is whole. SGLang's and LMDeploy's HTTP servers, schedulers and adapters are
+their own, their kernels are plain PyTorch (``engines/shims``). What an engine cannot do is a declared capability, and
+the test then shows what happens instead.
+
+An engine is started for all tests of its kind, with room for ten requests of which two run, and with an adapter. A test
+that ends it comes last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from pydantic import SecretStr
+
+from engines.conformance import CHECKS, Verdict, run_check
+from engines.launch import AdapterSlots
+from engines.protocol import Capability
+from engines.registry import ENGINES
+from gateway.settings import Upstream
+from gateway.trial import subject_of
+from tests.conftest import Connect
+from tests.support.adapters import make_adapter
+from tests.support.client import RawClient, Response
+from tests.support.gateway import AUTH, CHAT, Face, Gateway, StartGateway, serving, start_gateway
+from tests.support.real_engine import ANSWER_WITHIN, RealEngine, busy, free, load_of, patience, running
+from tests.support.recordings import load
+from tests.support.script import DONE, play
+from tests.support.upstream import ScriptedUpstream
+
+__all__ = ["patience", "start_gateway"]
+
+ADAPTER = "loud@1"
+STREAM = play(load("vllm", "chat_stream"))
+QUESTION = "What is the capital of France?"
+TURNS = [{"role": "user", "content": QUESTION}]
+RUNNING, QUEUED = 2, 8
+"""Requests an engine runs, and keeps waiting where it can be told."""
+LENGTHS = {"simulated": 16384}
+"""Tokens of context, where it is not 2048: a simulated engine is quick, so that its endless answers are longer."""
+ARGUMENTS = {"simulated": ("--speed", "10")}
+
+KINDS = [
+    "simulated",
+    pytest.param("vllm", marks=[pytest.mark.real_engine, pytest.mark.all_engines]),
+    pytest.param("sglang", marks=pytest.mark.all_engines),
+    pytest.param("lmdeploy", marks=pytest.mark.all_engines),
+]
+
+
+class Kept:
+    """One kind's engine, with a key of its own: started when a test wants it, again after one that ended it."""
+
+    def __init__(self, kind: str, adapter: Path) -> None:
+        self._kind = kind
+        self._adapters = AdapterSlots(
+            active=2, rank=8, targets=("q_proj", "v_proj"), at_start=((ADAPTER, str(adapter)),)
+        )
+        self._stack = ExitStack()
+        self._engine: RealEngine | None = None
+
+    def engine(self) -> RealEngine:
+        """Return it, alive."""
+        if self._engine is None or not psutil.pid_exists(self._engine.pid):
+            self.close()
+            self._engine = self._stack.enter_context(self._run())
+        return self._engine
+
+    def _run(self) -> AbstractContextManager[RealEngine]:
+        return running(
+            self._kind,
+            *ARGUMENTS.get(self._kind, ()),
+            adapters=self._adapters,
+            api_key=secrets.token_hex(32),
+            max_model_len=LENGTHS.get(self._kind, 2048),
+            max_running=RUNNING,
+            max_queued=QUEUED if Capability.BOUNDED_QUEUE in ENGINES[self._kind].capabilities else None,
+        )
+
+    def close(self) -> None:
+        """End it."""
+        self._stack.close()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    """Each kind in turn."""
+    with closing(Kept(request.param, make_adapter(tmp_path_factory.mktemp("adapters") / "loud", 8, 1))) as one:
+        yield one
+
+
+@pytest.fixture
+def engine(kept: Kept) -> RealEngine:
+    """The kind's engine."""
+    return kept.engine()
+
+
+@pytest.fixture
+def face() -> Face:
+    """One face: the engine is what is tried here."""
+    return "protocol"
+
+
+@pytest.fixture
+async def gateway(start_gateway: StartGateway, engine: RealEngine, patience: None) -> AsyncIterator[Gateway]:
+    """A gateway that asks the engine what it serves, in front of an engine that does nothing else."""
+    started = await start_gateway(behind(engine))
+    await free(engine)
+    yield started
+
+
+def behind(engine: RealEngine) -> Upstream:
+    assert engine.api_key is not None
+    return Upstream(url=engine.url, engine=engine.kind, api_key=SecretStr(engine.api_key))
+
+
+def ask(engine: RealEngine, **fields: Any) -> dict[str, Any]:
+    return {"model": engine.model, "messages": TURNS, "temperature": 0, "max_tokens": 12, **fields}
+
+
+def endless(engine: RealEngine, **fields: Any) -> dict[str, Any]:
+    return ask(engine, max_tokens=LENGTHS.get(engine.kind, 2048) - 500, ignore_eos=True, **fields)
+
+
+def everywhere(engine: RealEngine) -> dict[str, dict[str, Any]]:
+    """Return a short request for each path on which a model speaks."""
+    asked = {
+        CHAT: ask(engine),
+        "/v1/completions": {"model": engine.model, "prompt": QUESTION, "max_tokens": 4},
+        "/v1/responses": {"model": engine.model, "input": QUESTION, "max_output_tokens": 4},
+        "/v1/messages": {"model": engine.model, "messages": TURNS, "max_tokens": 4},
+    }
+    return {path: body for path, body in asked.items() if path in ENGINES[engine.kind].paths}
+
+
+def error_of(answer: Response) -> dict[str, Any]:
+    error: dict[str, Any] = answer.json()["error"]
+    return error
+
+
+# --- its start ---------------------------------------------------------------------------------------------------
+
+
+def test_it_starts_as_it_was_told(engine: RealEngine) -> None:
+    """It is well, serves what was named, and everything but its health needs the key, which no other user can read."""
+    kind, family = ENGINES[engine.kind], engine.family()
+    with engine.client() as client:
+        listed = {model.name for model in kind.read_models(client.get(kind.models_path).content)}
+        assert listed == {engine.model, ADAPTER}
+        assert load_of(engine) is not None
+    with httpx.Client(base_url=engine.url) as stranger:
+        assert stranger.get(kind.ready_path).status_code == 200
+        for method, path in (("POST", CHAT), ("GET", kind.models_path)):
+            assert stranger.request(method, path, json={}).status_code == 401, path
+    assert engine.api_key is not None
+    assert family
+    assert not any(engine.api_key in " ".join(process.cmdline()) for process in family)
+    assert engine.api_key not in engine.log_path.read_text()
+
+
+# --- what a client may rely on ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHECKS)
+async def test_conformance(engine: RealEngine, name: str) -> None:
+    check, declared = CHECKS[name], ENGINES[engine.kind].capabilities
+    async with subject_of(behind(engine), engine.model, ADAPTER, LENGTHS.get(engine.kind, 2048)) as subject:
+        result = await run_check(check, subject)
+    expected = Verdict.NOT_OFFERED if check.needs & ~declared else Verdict.PASSED
+    assert (result.verdict, "" if expected is Verdict.NOT_OFFERED else result.detail) == (expected, "")
+
+
+async def test_it_says_what_it_cannot_do(engine: RealEngine, gateway: Gateway) -> None:
+    """A path that its kind does not have is refused in the words every kind has, and never asked of it."""
+    asked: dict[str, dict[str, Any]] = {
+        "/v1/embeddings": {"input": QUESTION},
+        "/v1/rerank": {"query": QUESTION, "documents": ["a"]},
+        "/v1/score": {"text_1": QUESTION, "text_2": "a"},
+    }
+    for path, body in asked.items():
+        answer = await gateway.ask({"model": engine.model, **body}, path)
+        assert 400 <= answer.status < 500, (path, answer.body)
+        assert error_of(answer)["type"] == "invalid_request_error"
+        if path not in ENGINES[engine.kind].paths:
+            assert error_of(answer)["code"] == "unsupported_operation"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_client_that_leaves_frees_the_engine(
+    engine: RealEngine, gateway: Gateway, connect: Connect, stream: bool
+) -> None:
+    client = await connect(gateway.url)
+    client.post(CHAT, endless(engine, stream=stream), AUTH)
+    await busy(engine, running=1, waiting=0)
+    await client.close()
+    await free(engine)
+    assert (await gateway.line())["outcome"] == "client_gone"
+
+
+# --- overload ----------------------------------------------------------------------------------------------------
+
+
+async def test_overload(
+    engine: RealEngine, gateway: Gateway, start_gateway: StartGateway, upstream: ScriptedUpstream
+) -> None:
+    """A full engine's refusal is a 503 that says when to come again; beside another engine it is not seen at all.
+
+    One whose queue has no bound lets the request wait.
+    """
+    upstream.always(STREAM, path=CHAT)
+    both = await start_gateway(behind(engine), serving(upstream, models={engine.model: engine.model}))
+    bounded = Capability.BOUNDED_QUEUE in ENGINES[engine.kind].capabilities
+    async with AsyncExitStack() as stack:
+        for number in range(RUNNING + QUEUED):
+            await keep_busy(engine, gateway, stack)
+            if bounded:
+                # One after the other: those that come before any is taken up wait too, and would be too many.
+                await busy(engine, running=min(number + 1, RUNNING), waiting=max(number + 1 - RUNNING, 0))
+        if bounded:
+            await refused_when_alone(engine, gateway)
+            answers = [await both.ask(ask(engine, stream=True)) for _ in range(4)]
+            assert [(answer.status, answer.complete) for answer in answers] == [(200, True)] * 4
+        else:
+            await busy(engine, running=RUNNING, waiting=0)
+            late = asyncio.create_task(gateway.ask(ask(engine)))
+    await free(engine)
+    if not bounded:
+        assert (await late).status == 200
+
+
+async def keep_busy(engine: RealEngine, gateway: Gateway, stack: AsyncExitStack) -> None:
+    """Send a request whose answer does not end before the stack does."""
+    client = await stack.enter_async_context(await RawClient.connect(gateway.url))
+    client.post(CHAT, endless(engine, stream=True), AUTH)
+
+
+async def refused_when_alone(engine: RealEngine, gateway: Gateway) -> None:
+    for path, body in everywhere(engine).items():
+        for stream in (False, True):
+            answer = await gateway.ask({**body, "stream": stream}, path)
+            told = (answer.status, answer.header("content-type"), answer.header("retry-after"))
+            assert told == (529 if path == "/v1/messages" else 503, "application/json", "1"), (path, answer.body)
+
+
+# --- its end -----------------------------------------------------------------------------------------------------
+
+
+async def begun(engine: RealEngine, gateway: Gateway, connect: Connect, **fields: Any) -> RawClient:
+    """Return a client whose stream has begun."""
+    client = await connect(gateway.url)
+    client.post(CHAT, ask(engine, stream=True, ignore_eos=True, **fields), AUTH)
+    assert (await client.head()).status == 200
+    await client.event()
+    return client
+
+
+async def test_drain(engine: RealEngine, gateway: Gateway, connect: Connect) -> None:
+    """Told to stop, the gateway lets a stream end and begins nothing new; the engine is then idle."""
+    client = await begun(engine, gateway, connect, max_tokens=60)
+    gateway.replica.stop()
+    stopped = asyncio.create_task(gateway.replica.until_stopped())
+    assert (await client.events())[-1] == DONE
+    await stopped
+    assert gateway.lines("stopped")[0]["cut_off"] == 0
+    with pytest.raises(OSError):
+        await RawClient.connect(gateway.url)
+    await free(engine)
+
+
+async def test_killed(engine: RealEngine, gateway: Gateway, connect: Connect) -> None:
+    """`kill -9`: a stream that has begun ends with an error event, what comes after is refused, no process is left."""
+    family = engine.family()
+    client = await begun(engine, gateway, connect, max_tokens=1000)
+    psutil.Process(engine.pid).kill()
+    error = json.loads((await client.events())[-1].removeprefix(b"data: "))["error"]
+    assert (error["type"], error["code"]) == ("server_error", "engine_failed")
+    refused = await gateway.ask(ask(engine))
+    assert (refused.status, error_of(refused)["type"]) in ((502, "server_error"), (503, "service_unavailable_error"))
+    await asyncio.to_thread(gone, family)
+
+
+def gone(family: list[psutil.Process]) -> None:
+    """Wait until none of these processes lives."""
+    _, alive = psutil.wait_procs(family, timeout=ANSWER_WITHIN)
+    assert alive == []
