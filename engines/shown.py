@@ -91,6 +91,19 @@ _ANSWERS = {
     "too_many_tokens": Capability.LENGTH_CHECKED,
     "adapter": Capability.ADAPTERS,
 }
+_PAST_THE_GATEWAY = {
+    Capability.BOUNDED_QUEUE: "test_overload",
+    Capability.CACHE_SALT: "test_a_salt_keeps_prefix_caches_apart",
+    Capability.ADAPTER_LOADING: "test_adapters_come_and_go_while_it_runs",
+    Capability.MODELS_CHECKED: "test_a_model_that_it_does_not_know",
+}
+
+
+def _past_the_gateway(kind: str, *capabilities: Capability) -> dict[Subject, str]:
+    """Return what the other tests of that file show on a kind of engine."""
+    return {one: f"engines/test_conformance.py::{_PAST_THE_GATEWAY[one]}[{kind}]" for one in capabilities}
+
+
 _NO_PRIORITY_SENT = "the gateway itself sends no priority yet"
 _RECORDED = "recorded from a real one that serves a pooling model; tests replay that"
 
@@ -98,7 +111,7 @@ _VLLM = Evidence(
     run={
         **_checks("vllm", **_ANSWERS),
         **_each((*_CHATS, "/tokenize"), "e2e/test_real_gateway.py::test_every_relayed_path"),
-        Capability.BOUNDED_QUEUE: "engines/test_conformance.py::test_overload[vllm]",
+        **_past_the_gateway("vllm", *_PAST_THE_GATEWAY),
         Capability.UNIX_SOCKET: "e2e/test_serve_command.py::test_ctrl_c_stops_everything_and_leaves_nothing",
         Start.STARTED: "engines/test_real_vllm.py::test_the_packaged_model_answers",
         Start.FULL_WEIGHTS: "engines/test_real_vllm.py::test_the_packaged_model_answers",
@@ -124,9 +137,7 @@ _SGLANG = Evidence(
     run={
         **_checks("sglang", **_ANSWERS),
         **_each((*_CHATS, "/tokenize"), "engines/test_real_sglang.py::test_every_path_that_it_serves"),
-        Capability.CACHE_SALT: "engines/test_real_sglang.py::test_a_salt_keeps_prefix_caches_apart",
-        Capability.BOUNDED_QUEUE: "engines/test_real_sglang.py::test_a_full_engine_is_busy_and_never_a_200",
-        Capability.ADAPTER_LOADING: "engines/test_real_sglang.py::test_adapters_come_and_go_while_it_runs",
+        **_past_the_gateway("sglang", Capability.BOUNDED_QUEUE, Capability.CACHE_SALT, Capability.ADAPTER_LOADING),
         Start.STARTED: "engines/test_real_sglang.py::test_a_stream_is_the_answer_and_its_usage",
         Start.FULL_WEIGHTS: "engines/test_real_sglang.py::test_a_stream_is_the_answer_and_its_usage",
         Start.CONTEXT: "engines/test_real_sglang.py::test_what_the_engine_refuses",
@@ -199,7 +210,7 @@ _SIMULATED = Evidence(
     run={
         **_checks("simulated", **_ANSWERS),
         **_each(
-            (*_CHATS, "/tokenize", Capability.MODELS_CHECKED),
+            (*_CHATS, "/tokenize"),
             "engines/simulated/test_wire.py::test_answers_have_the_recorded_form",
         ),
         **_each(
@@ -207,9 +218,7 @@ _SIMULATED = Evidence(
             "engines/simulated/test_through_gateway.py::test_the_configuration_starts_one",
         ),
         "/v1/embeddings": "engines/simulated/test_server.py::test_embeddings_where_it_is_a_pooling_engine",
-        Capability.ADAPTER_LOADING: "engines/simulated/test_wire.py::test_an_adapter_comes_and_goes",
-        Capability.BOUNDED_QUEUE: "engines/simulated/test_wire.py::test_too_many_are_refused_as_recorded",
-        Capability.CACHE_SALT: "engines/simulated/test_server.py::test_a_prefix_is_cached_per_salt",
+        **_past_the_gateway("simulated", *_PAST_THE_GATEWAY),
         Start.CONTEXT: "engines/test_conformance.py::test_conformance[simulated-too_long]",
         Start.LONG_CONTEXT: "engines/simulated/test_server.py::test_a_slow_reader_gets_it_all",
     },

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import psutil
 import pytest
 from pydantic import SecretStr
 
 from engines.conformance import CHECKS, Verdict, run_check
 from engines.launch import AdapterSlots
-from engines.protocol import Capability
+from engines.protocol import Call, Capability, Dispatch, EngineError, Target
 from engines.registry import ENGINES
 from gateway.settings import Upstream
 from gateway.trial import subject_of
@@ -44,6 +45,8 @@ ADAPTER = "loud@1"
 STREAM = play(load("vllm", "chat_stream"))
 QUESTION = "What is the capital of France?"
 TURNS = [{"role": "user", "content": QUESTION}]
+PROMPT = "Once upon a time there was a gateway. " * 8
+JSON = {"content-type": "application/json"}
 RUNNING, QUEUED = 2, 8
 """Requests an engine runs, and keeps waiting where it can be told."""
 LENGTHS = {"simulated": 16384}
@@ -205,6 +208,74 @@ async def test_a_client_that_leaves_frees_the_engine(
     await client.close()
     await free(engine)
     assert (await gateway.line())["outcome"] == "client_gone"
+
+
+# --- adapters and caches, past the gateway ----------------------------------------------------------------------
+
+
+def test_adapters_come_and_go_while_it_runs(engine: RealEngine, tmp_path: Path) -> None:
+    """Loaded, listed, answering as neither its base nor another does, unloaded; each may be said twice."""
+    kind = ENGINES[engine.kind]
+    directory = make_adapter(tmp_path / "other", 8, 2, dtype="BF16")
+    load, unload = kind.load_adapter("other@2", str(directory)), kind.unload_adapter("other@2")
+    assert (load is not None and unload is not None) is (Capability.ADAPTER_LOADING in kind.capabilities)
+    if load is None or unload is None:
+        return
+    missing = kind.load_adapter("bad", str(tmp_path / "missing"))
+    assert missing is not None
+    with engine.client() as direct:
+
+        def told(call: Call) -> EngineError | None:
+            answer = direct.request(call.method, call.path, content=call.body, headers=JSON)
+            return kind.read_adapter_answer(answer.status_code, answer.content)
+
+        def says(target: Target) -> str | None:
+            fields = {name: msgspec.Raw(json.dumps(value).encode()) for name, value in ask(engine).items()}
+            answer = direct.post(CHAT, content=kind.prepare(CHAT, fields, Dispatch(target, False)), headers=JSON)
+            return str(answer.json()["choices"][0]["message"]["content"]) if answer.status_code == 200 else None
+
+        assert (told(load), told(load)) == (None, None)
+        listed = kind.read_models(direct.get(kind.models_path).content)
+        assert {(model.name, model.base) for model in listed} == {
+            (engine.model, None),
+            (ADAPTER, engine.model),
+            ("other@2", engine.model),
+        }
+        answers = [says(kind.target(*names)) for names in ((engine.model,), (ADAPTER, engine.model))]
+        answers.append(says(kind.target("other@2", engine.model)))
+        assert None not in answers
+        assert len(set(answers)) == 3
+        assert (told(unload), told(unload)) == (None, None)
+        assert told(missing) is not None
+        assert says(kind.target("bad", engine.model)) is None
+
+
+def test_a_model_that_it_does_not_know(engine: RealEngine) -> None:
+    """It is refused, or, as is then declared, answered by another model: it is asked only for what it lists."""
+    with engine.client() as direct:
+        answer = direct.post(CHAT, json=ask(engine, model="no-such-model", max_tokens=1))
+    checked = Capability.MODELS_CHECKED in ENGINES[engine.kind].capabilities
+    assert (answer.status_code == 200) is not checked
+
+
+def test_a_salt_keeps_prefix_caches_apart(engine: RealEngine) -> None:
+    kind = ENGINES[engine.kind]
+    if Capability.CACHE_SALT not in kind.capabilities:
+        # Nobody's prompts are cached unless its operator asks for that: nothing is shared.
+        assert not kind.unsalted_paths
+    with engine.client() as direct:
+
+        def cached(salt: str) -> int:
+            fields = {"model": msgspec.Raw(b'""'), "prompt": msgspec.Raw(json.dumps(PROMPT).encode())}
+            fields["max_tokens"] = msgspec.Raw(b"1")
+            dispatch = Dispatch(kind.target(engine.model), ask_usage=False, cache_salt=salt)
+            body = kind.prepare("/v1/completions", fields, dispatch)
+            usage = direct.post("/v1/completions", content=body, headers=JSON).json()["usage"]
+            return int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+
+        first, again, other = cached("team a"), cached("team a"), cached("team b")
+    assert (first, other) == (0, 0)
+    assert (again > 30) is (Capability.CACHE_SALT in kind.capabilities)
 
 
 # --- overload ----------------------------------------------------------------------------------------------------

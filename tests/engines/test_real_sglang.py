@@ -7,27 +7,24 @@ One engine for all: two requests run, eight wait, and an adapter is there from t
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import psutil
 import pytest
 from pydantic import SecretStr
 
 from engines.launch import AdapterSlots
-from engines.protocol import Call, Dispatch, EngineError
 from engines.sglang import Sglang
 from gateway.settings import Upstream
-from tests.conftest import Connect
 from tests.support.adapters import make_adapter
 from tests.support.client import Response
-from tests.support.gateway import AUTH, CHAT, Gateway, StartGateway, face, start_gateway
-from tests.support.real_engine import RealEngine, busy, free, patience, running
+from tests.support.gateway import CHAT, Gateway, StartGateway, face, start_gateway
+from tests.support.real_engine import ANSWER_WITHIN, RealEngine, free, patience, running
 from tests.support.script import DONE
 
 __all__ = ["face", "patience", "start_gateway"]
@@ -216,75 +213,6 @@ async def test_a_configured_name_means_that_adapter(
     assert text_of(await gateway.ask(ask(model="support"))) != PARIS
 
 
-def test_adapters_come_and_go_while_it_runs(engine: RealEngine, direct: httpx.Client, tmp_path: Path) -> None:
-    other = make_adapter(tmp_path / "other", 8, 2, dtype="BF16")
-
-    def told(call: Call) -> EngineError | None:
-        answer = direct.request(call.method, call.path, content=call.body, headers=JSON)
-        return SGLANG.read_adapter_answer(answer.status_code, answer.content)
-
-    def says(adapter: str) -> httpx.Response:
-        fields = {name: msgspec.Raw(json.dumps(value).encode()) for name, value in ask().items()}
-        sent = SGLANG.prepare(CHAT, fields, Dispatch(SGLANG.target(adapter, BASE), ask_usage=False))
-        return direct.post(CHAT, content=sent, headers=JSON)
-
-    load, unload = SGLANG.load_adapter("other@2", str(other)), SGLANG.unload_adapter("other@2")
-    assert told(load) is None
-    assert told(load) is None, "what is loaded already is as it should be"
-    listed = {model.name: model.base for model in SGLANG.read_models(direct.get("/v1/models").content)}
-    assert listed == {BASE: None, ADAPTER: BASE, "other@2": BASE}
-    said = says("other@2").json()["choices"][0]["message"]["content"]
-    assert said not in (PARIS, says(ADAPTER).json()["choices"][0]["message"]["content"])
-    assert told(unload) is None
-    assert told(unload) is None, "what is gone already is as it should be"
-    assert told(SGLANG.load_adapter("bad", str(tmp_path / "missing"))) is not None
-    never = says("bad")
-    assert SGLANG.read_error(never.status_code, never.content).message == "the adapter is not loaded"
-
-
-# --- caches, load, overload, leaving -----------------------------------------------------------------------------
-
-
-def test_a_salt_keeps_prefix_caches_apart(direct: httpx.Client) -> None:
-    prompt = "Once upon a time there was a gateway. " * 8
-
-    def cached(salt: str) -> int:
-        body = {"model": BASE, "prompt": prompt, "max_tokens": 1, "cache_salt": salt}
-        details = direct.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"]
-        return int((details or {}).get("cached_tokens") or 0)
-
-    assert cached("team a") == 0
-    assert cached("team a") > 30
-    assert cached("team b") == 0
-
-
-FULL: dict[str, dict[str, Any]] = {
-    CHAT: ask(),
-    "/v1/completions": {"model": BASE, "prompt": QUESTION, "max_tokens": 4},
-    "/v1/responses": {"model": BASE, "input": QUESTION, "max_output_tokens": 4},
-    "/v1/messages": {"model": BASE, "messages": TURNS, "max_tokens": 4},
-}
-
-
-async def test_a_full_engine_is_busy_and_never_a_200(gateway: Gateway, engine: RealEngine, connect: Connect) -> None:
-    """Two run, eight wait, the next is refused: SGLang tells that to a stream as an event of a 200."""
-    clients = [await connect(gateway.url, name=f"client {number}") for number in range(10)]
-    for number, client in enumerate(clients):
-        client.post(CHAT, ask(**{**ENDLESS, "stream": bool(number % 2)}), AUTH)
-        # One after the other: those that come before any is taken up wait too, and would be too many.
-        await busy(engine, running=min(number + 1, 2), waiting=max(number - 1, 0))
-    told = {}
-    for path, body in FULL.items():
-        for stream in (False, True):
-            answer = await gateway.ask({**body, "stream": stream}, path)
-            told[path, stream] = (answer.status, answer.header("content-type"), answer.header("retry-after"))
-    for client in clients:
-        await client.close()
-    await free(engine)
-    for (path, _), found in told.items():
-        assert found == (529 if path == "/v1/messages" else 503, "application/json", "1")
-
-
 # --- its processes -----------------------------------------------------------------------------------------------
 
 
@@ -304,3 +232,13 @@ def test_its_key_is_in_no_command_line_and_guards_everything(engine: RealEngine)
         ):
             assert stranger.request(method, path, json={}).status_code == 401, path
         assert stranger.get(SGLANG.ready_path).status_code == 200
+
+
+async def test_when_the_process_that_computes_dies_nothing_is_left(engine: RealEngine, gateway: Gateway) -> None:
+    """SGLang then ends itself, all of it. After this the engine is gone."""
+    family = engine.family()
+    [scheduler] = [process for process in family if "scheduler" in " ".join(process.cmdline())]
+    scheduler.kill()
+    _, alive = await asyncio.to_thread(psutil.wait_procs, family, ANSWER_WITHIN)
+    assert alive == []
+    assert (await gateway.ask(ask())).status in (502, 503)
