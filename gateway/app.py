@@ -17,8 +17,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from adapters.catalogue import Catalogue
+from engines.discovery import Found
 from engines.registry import ENGINES
 from gateway.api.asgi import AsgiFace
 from gateway.api.auth import Authenticator
@@ -34,7 +36,8 @@ from gateway.log import Log
 from gateway.metrics import Metrics
 from gateway.policy.breaker import BreakerRules
 from gateway.serving.deadlines import Deadlines
-from gateway.serving.pool import EndpointSpec, HealthRules, Pool
+from gateway.serving.minded import Minders
+from gateway.serving.pool import EndpointSpec, HealthRules, MinderAt, Pool
 from gateway.serving.relay import RelayLimits
 from gateway.serving.upstream import Address, parse_address
 from gateway.serving.watch import Watcher
@@ -79,6 +82,7 @@ class Replica:
         )
         looks = settings.discovery
         self.watcher = Watcher(self.pool, self.metrics, self.log, clock, looks.interval, looks.down_interval)
+        self.minders = Minders(self.log)
         self.finder = Finder(endpoint_spec, self._refresh_endpoints, self.log)
         self._named: list[EndpointSpec] = []
         """The endpoints that the configuration names one by one."""
@@ -112,6 +116,7 @@ class Replica:
         plan = self.finder.plan(settings.upstreams, settings.discovery.dns_interval)
         self._named = endpoint_specs(settings)
         added, _ = self.pool.configure(self._named, int(time.time()))
+        await self.minders.watch(added)
         await self.watcher.watch(added)
         await self.finder.follow(plan)
         for listener in self.listeners:
@@ -141,7 +146,7 @@ class Replica:
         self._protocols.append(bound(self.edge, rules, RELAYED, fast=fast))
         self.listeners.append(Listener(face, sock, self._protocols[0], tls, listen.backlog))
         if settings.admin.enabled:
-            admin = WithRequestId(admin_app(self.edge, public, version), self.edge)
+            admin = WithRequestId(admin_app(self.edge, self.minders, public, version), self.edge)
             sock = bind(settings.admin.host, settings.admin.port)
             self._protocols.append(bound(self.edge, rules, RELAYED, fast=False))
             self.listeners.append(Listener(admin, sock, self._protocols[1], None, listen.backlog))
@@ -234,8 +239,10 @@ class Replica:
     async def _change_endpoints(self, *, configured: bool = True) -> None:
         """Take endpoints in and out; requests under way at one that goes finish there."""
         added, gone = self.pool.configure([*self._named, *self.finder.specs()], int(time.time()))
+        await self.minders.watch(added)
         await self.watcher.watch(added)
         await self.watcher.forget(gone)
+        await self.minders.forget(gone)
         for endpoint in gone:
             endpoint.connections.retire()
         served = {name for endpoint in self.pool.endpoints for name in endpoint.models}
@@ -287,6 +294,7 @@ class Replica:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.finder.stop()
         await self.watcher.stop()
+        await self.minders.stop()
         await self.deadlines.stop()
         for listener in self.listeners:
             listener.close()
@@ -379,7 +387,16 @@ def endpoint_spec(upstream: Upstream) -> EndpointSpec:
         api_key=upstream.credential(),
         models=tuple(sorted(upstream.models.items())) if upstream.models is not None else None,
         max_connections=upstream.max_connections,
+        minder=_minder_at(upstream),
     )
+
+
+def _minder_at(upstream: Upstream) -> MinderAt | None:
+    """Return where its agent is; of one that is discovered, on the host of the name that stands for them all."""
+    address = upstream.minder
+    if upstream.minder_port is not None:
+        address = f"http://{Found(urlsplit(upstream.url).hostname or '', upstream.minder_port).authority}"
+    return MinderAt(address, upstream.minder_token()) if address is not None else None
 
 
 def _address(upstream: Upstream) -> Address:

@@ -7,6 +7,7 @@ Rooms are imported inside the commands: `forebay --help` should not wait for a d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from datetime import UTC, datetime, timedelta
@@ -53,14 +54,16 @@ class ExplainingGroup(TyperGroup):
 def _expected(error: Exception) -> list[str] | None:
     """What to say of a failure that rooms explain themselves; None for any other."""
     from engines.conformance import TrialError
-    from engines.minder import MinderError
+    from engines.minding import MinderError
     from engines.steps import EngineSetupError
     from gateway.local import StartError
+    from gateway.operate import OperateError
     from gateway.state.database import StateError
 
     if isinstance(error, ConfigError):
         return error.problems
-    if isinstance(error, CommandError | StartError | StateError | TrialError | EngineSetupError | MinderError):
+    told = CommandError | StartError | StateError | TrialError | EngineSetupError | MinderError | OperateError
+    if isinstance(error, told):
         return [str(error)]
     return None
 
@@ -78,7 +81,7 @@ def _group(help_text: str) -> typer.Typer:
 app = _group("An OpenAI-compatible gateway in front of inference engines.\n\nStart with `forebay serve`.")
 config_app = _group("Check and describe `forebay.yaml`.")
 keys_app = _group("Make, list and revoke API keys. A running gateway sees a change within a second.")
-engines_app = _group("Install and run inference engines on this machine.")
+engines_app = _group("Install and run inference engines; see, drain and restart those behind a gateway that runs.")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(engines_app, name="engines")
@@ -186,6 +189,7 @@ def keys_create(
     max_tokens: MaxTokensOption = None,
     context: ContextOption = None,
     n: ManyOption = None,
+    admin: Annotated[bool, typer.Option("--admin", help="It may use the admin API too.")] = False,
     config: ConfigOption = None,
 ) -> None:
     """Make a key and print it. It is shown this once: only its hash is kept.
@@ -195,12 +199,13 @@ def keys_create(
     - `forebay keys create --name alice`
     - `forebay keys create --name batch --tenant research --model 'qwen3-*' --max-tokens 4096 --expires 30d`
     - `export OPENAI_API_KEY=$(forebay keys create --name me)`
+    - `forebay keys create --name operator --admin`
     """
     settings, store = _open_keys(config)
     with store:
         _refuse_declared(settings, name)
         caps = Caps(max_tokens=max_tokens, context=context, n=n)
-        created = store.create(name, tenant, model, caps, _moment(expires))
+        created = store.create(name, tenant, model, caps, _moment(expires), admin=admin)
     typer.echo(created.key)
     typer.echo(
         f"Keep it: it cannot be shown again. Revoke it: forebay keys revoke {created.record.public_id}", err=True
@@ -278,6 +283,7 @@ def keys_list(
         table.add_column(title, overflow="fold")
     for row in rows:
         models = "all" if row["models"] is None else ", ".join(row["models"]) or "none"
+        models += " + admin" if row["admin"] else ""
         table.add_row(
             row["id"] or "-", row["name"], row["tenant"], models, row["state"], row["expires"] or "never", row["source"]
         )
@@ -286,7 +292,8 @@ def keys_list(
 
 def _declared_rows(settings: Settings) -> list[dict[str, Any]]:
     return [
-        _row(None, key.name, key.tenant or key.name, key.models, None, key.expires, "file") for key in settings.keys
+        _row(None, key.name, key.tenant or key.name, key.models, None, key.expires, "file", key.admin)
+        for key in settings.keys
     ]
 
 
@@ -300,6 +307,7 @@ def _stored_rows(store: KeyStore) -> list[dict[str, Any]]:
             key.revoked_at,
             key.record.expires_at,
             "database",
+            key.record.admin,
         )
         for key in store.list()
     ]
@@ -313,6 +321,7 @@ def _row(
     revoked_at: datetime | None,
     expires_at: datetime | None,
     source: str,
+    admin: bool,
 ) -> dict[str, Any]:
     expired = expires_at is not None and expires_at <= datetime.now(UTC)
     return {
@@ -323,6 +332,7 @@ def _row(
         "state": "revoked" if revoked_at else "expired" if expired else "live",
         "expires": expires_at.isoformat(timespec="minutes") if expires_at else None,
         "source": source,
+        "admin": admin,
     }
 
 
@@ -442,6 +452,164 @@ def engines_run(
     engine = {name: value for name, value in chosen.items() if value is not None}
     settings = load(_configuration_file(config), {"engines": [engine]})
     raise typer.Exit(run_engine(settings.engines[0], settings))
+
+
+EngineName = Annotated[str, typer.Argument(help="Its name, as `forebay engines list` shows it.")]
+
+
+@engines_app.command("list")
+def engines_list(
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a table.")] = False,
+) -> None:
+    """List the engines behind the gateway that runs: how each is, and what it works on.
+
+    Example: `forebay engines list`
+    """
+    from gateway.operate import operating
+
+    settings = load(_configuration_file(config))
+    with operating(settings) as operator:
+        endpoints = operator.endpoints()
+    if as_json:
+        typer.echo(json.dumps(endpoints, indent=2))
+        return
+    devices = {engine.name: engine.device for engine in settings.engines}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("name", "kind", "device", "models", "state", "pid", "restarts", "in flight", "address"):
+        table.add_column(title, overflow="fold")
+    for one in endpoints:
+        minder = one["minder"] or {}
+        table.add_row(
+            one["name"],
+            one["engine"],
+            devices.get(one["name"], "-"),
+            ", ".join(one["models"]) or "-",
+            one["state"],
+            str(minder.get("pid") or "-"),
+            str(minder.get("restarts", "-")),
+            str(one["in_flight"]),
+            one["url"],
+        )
+    Console().print(table)
+    for one in endpoints:
+        if said := (one["minder"] or {}).get("message") or one["trouble"]:
+            typer.echo(f"{one['name']}: {said}", err=True)
+
+
+@engines_app.command("logs")
+def engines_logs(
+    name: EngineName,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines to show.")] = 100,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show further lines as they come, until Ctrl-C.")
+    ] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Show what an engine writes. It needs a minder.
+
+    Example: `forebay engines logs local -n 20 -f`
+    """
+    import asyncio
+
+    from gateway.operate import find_minder, show_logs
+
+    address = find_minder(load(_configuration_file(config)), name)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(show_logs(address, lines, follow, typer.echo))
+
+
+@engines_app.command("drain")
+def engines_drain(
+    name: EngineName,
+    within: Annotated[float, typer.Option("--within", min=0, help="Seconds to wait for requests under way.")] = 600.0,
+    config: ConfigOption = None,
+) -> None:
+    """Send an engine nothing new and wait until it works on nothing. `uncordon` lets it have requests again.
+
+    Example: `forebay engines drain local`
+    """
+    from gateway.operate import operating, wait_drained
+
+    with operating(load(_configuration_file(config))) as operator:
+        operator.act(name, "drain")
+        wait_drained(operator, name, within, lambda text: typer.echo(text, err=True))
+    typer.echo(f"{name} works on nothing and gets nothing new; undo: forebay engines uncordon {name}")
+
+
+def _act(name: str, action: str, config: Path | None) -> None:
+    from gateway.operate import operating
+
+    with operating(load(_configuration_file(config))) as operator:
+        state = operator.act(name, action)["state"]
+    typer.echo(f"{name} is {state}")
+
+
+@engines_app.command("cordon")
+def engines_cordon(name: EngineName, config: ConfigOption = None) -> None:
+    """Send an engine nothing new; what it works on goes on. For any engine, with a minder or without.
+
+    Example: `forebay engines cordon local`
+    """
+    _act(name, "cordon", config)
+
+
+@engines_app.command("uncordon")
+def engines_uncordon(name: EngineName, config: ConfigOption = None) -> None:
+    """Let an engine have requests again after `cordon`, `drain` or `eject`.
+
+    Example: `forebay engines uncordon local`
+    """
+    _act(name, "uncordon", config)
+
+
+@engines_app.command("eject")
+def engines_eject(name: EngineName, config: ConfigOption = None) -> None:
+    """Send an engine nothing new and cut off what it works on, for one that hangs: others take over what they can.
+
+    Example: `forebay engines eject local`
+    """
+    _act(name, "eject", config)
+
+
+@engines_app.command("restart")
+def engines_restart(
+    name: EngineName,
+    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds for requests under way to finish.")] = 60.0,
+    config: ConfigOption = None,
+) -> None:
+    """Restart an engine in order: drain, stop, start, and traffic again once it is ready. It needs a minder.
+
+    Engines that `forebay serve` starts have one; another has one where `upstreams[].minder` says so.
+
+    Example: `forebay engines restart local`
+    """
+    from gateway.operate import operating, wait_restarted
+
+    with operating(load(_configuration_file(config))) as operator:
+        starts = (operator.endpoint(name)["minder"] or {}).get("starts", 0)
+        operator.act(name, "restart", drain=drain)
+        wait_restarted(operator, name, starts, lambda text: typer.echo(text, err=True))
+    typer.echo(f"{name} serves again")
+
+
+@engines_app.command("stop")
+def engines_stop(
+    name: EngineName,
+    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds for requests under way to finish.")] = 60.0,
+    grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds from SIGTERM to SIGKILL.")] = 10.0,
+    config: ConfigOption = None,
+) -> None:
+    """Stop an engine for good, also one that was kept when its gateway ended. It needs a minder.
+
+    Example: `forebay engines stop local`
+    """
+    import asyncio
+
+    from gateway.operate import find_minder, stop_engine
+
+    address = find_minder(load(_configuration_file(config)), name)
+    typer.echo(asyncio.run(stop_engine(address, drain, grace)))
 
 
 @engines_app.command("check")

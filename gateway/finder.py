@@ -108,5 +108,10 @@ class Finder:
 
 def _at(template: EndpointSpec, found: Found) -> EndpointSpec:
     """Return one of the engines that were found."""
-    url = f"http://{found.authority}"
-    return replace(template, name=f"{template.name}/{found.authority}", url=url, address=parse_address(url))
+    url, minder = f"http://{found.authority}", template.minder
+    if minder is not None:
+        port = urlsplit(minder.address).port
+        assert port is not None
+        minder = replace(minder, address=f"http://{Found(found.host, port).authority}")
+    name = f"{template.name}/{found.authority}"
+    return replace(template, name=name, url=url, address=parse_address(url), minder=minder)

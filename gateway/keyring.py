@@ -12,7 +12,7 @@ from collections.abc import Callable
 from gateway.api.auth import Authenticator
 from gateway.log import Log
 from gateway.settings import Settings
-from gateway.state.database import StateError, upgrade
+from gateway.state.database import StateError, exists, upgrade
 from gateway.state.keys import KeySnapshot, KeyStore, declared, merge
 
 POLL_INTERVAL = 1.0
@@ -36,9 +36,18 @@ class Keyring:
 
     async def start(self) -> None:
         """Open and migrate the database, read all keys. Raises StateError or ConfigError."""
-        if self._settings.auth == "keys":
-            await asyncio.to_thread(self._open, self._settings)
+        await self._open_if_needed(self._settings)
         self._apply(self._settings)
+
+    async def _open_if_needed(self, settings: Settings) -> None:
+        """With ``auth: none`` only admin keys matter: a database that is not there, or not well, keeps nobody out."""
+        if settings.auth == "keys":
+            await asyncio.to_thread(self._open, settings)
+        elif settings.admin.enabled and exists(settings.state_url):
+            try:
+                await asyncio.to_thread(self._open, settings)
+            except StateError as error:
+                self._is_away(error)
 
     def _open(self, settings: Settings) -> None:
         upgrade(settings.state_url)
@@ -47,9 +56,9 @@ class Keyring:
         self._seen_at = self._clock()
 
     def _apply(self, settings: Settings) -> None:
-        table = None if settings.auth == "none" else merge(declared(settings.keys), self._snapshot)
+        known = merge(declared(settings.keys), self._snapshot)
         self._settings = settings
-        self._authenticator.replace(table)
+        self._authenticator.replace(None if settings.auth == "none" else known, known)
 
     async def reconfigure(self, settings: Settings) -> None:
         """Take the file's keys anew. ConfigError when one cannot be read, StateError; then nothing has changed."""

@@ -1,7 +1,8 @@
 """`forebay serve`: what runs on one machine, and in which order it starts and stops.
 
-Engines configured: this process is the parent. It prepares each engine's environment and model, minds the engines and
-runs one replica of the gateway as a child; it stops the replica first, which drains, then the engines.
+Engines configured: this process is the parent. It prepares each engine's environment and model, has each minded by an
+agent of its own and runs one replica of the gateway as a child; it stops the replica first, which drains, then the
+engines, except those that are to be kept: the next start finds them and takes them over.
 Only upstreams configured: this process becomes the replica itself.
 """
 
@@ -12,6 +13,8 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import hashlib
+import json
 import os
 import secrets
 import signal
@@ -30,13 +33,15 @@ import httpx
 from engines.devices import Device
 from engines.environments import EngineEnvironment, ensure_environment, recipe_for
 from engines.launch import Launchable, LaunchSpec, process_environment
-from engines.minder import Address, Minder
+from engines.minder import FAILED, Address
+from engines.minding import Minder
 from engines.models import ModelFiles, prepare_model
 from engines.protocol import Capability
 from engines.registry import ENGINES
 from engines.simulated import own_environment, pretended_model
 from engines.steps import Step
 from gateway.greeting import Display, Greeting, base_url
+from gateway.operate import admin_url, pass_file
 from gateway.settings import LocalEngine, Settings, Upstream, load, merge_trees, to_environment, warnings_about
 from gateway.state.database import upgrade
 from gateway.state.keys import KeyStore
@@ -55,7 +60,7 @@ FIRST_ENGINE_PORT = 8101
 """Where the search for an engine's port begins, for engines that listen on no Unix socket."""
 POLL = 0.1
 """Seconds between two looks at whether the gateway is ready."""
-MAX_RUN_DIRECTORY = 90
+MAX_RUN_DIRECTORY = 86
 """Bytes: a socket's path has at most 107 on Linux and 103 on macOS, and its name is added to the directory's."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
@@ -217,13 +222,30 @@ class PreparedEngine:
 
         On a port where one is named, and where that is all the engine can listen on.
         """
-        can_do = ENGINES[self.settings.kind].capabilities
-        if self.settings.port or Capability.UNIX_SOCKET not in can_do:
-            address = Address(port=self.settings.port or _engine_port(self.settings, settings))
-            return self.spec(settings, address, secrets.token_hex(32))
+        if self.settings.port or Capability.UNIX_SOCKET not in ENGINES[self.settings.kind].capabilities:
+            port, key = self._port_and_key(settings, self._file(settings, directory, "place"))
+            return self.spec(settings, Address(port=port), key)
+        return self.spec(settings, Address(unix=self._file(settings, directory, "sock")), None)
+
+    def control(self, settings: Settings, directory: Path) -> Path:
+        """Where its minder is spoken to."""
+        return self._file(settings, directory, "control")
+
+    def _file(self, settings: Settings, directory: Path, kind: str) -> Path:
         # Short, and another one for each gateway that shares the data directory: a port is one gateway's alone.
-        name = f"{settings.listen.port}-{settings.engines.index(self.settings)}.sock"
-        return self.spec(settings, Address(unix=directory / name), None)
+        return directory / f"{settings.listen.port}-{settings.engines.index(self.settings)}.{kind}"
+
+    def _port_and_key(self, settings: Settings, place: Path) -> tuple[int, str]:
+        """A port and a key of its own; those of an engine that is kept are kept too, in a file of its user's."""
+        if self.settings.keep:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                known = json.loads(place.read_text())
+                if self.settings.port in (None, known["port"]):
+                    return int(known["port"]), str(known["key"])
+        port, key = self.settings.port or _engine_port(self.settings, settings), secrets.token_hex(32)
+        if self.settings.keep:
+            write_private(place, {"port": port, "key": key})
+        return port, key
 
 
 def _engine_port(engine: LocalEngine, settings: Settings) -> int:
@@ -253,7 +275,17 @@ def launchable(kind: str) -> Launchable:
     return ENGINES[kind]
 
 
-def minder_for(engine: PreparedEngine, spec: LaunchSpec, settings: Settings, display: Display) -> Minder:
+def write_private(file: Path, content: Mapping[str, object]) -> None:
+    """Write JSON that its user alone can read, whole or not at all."""
+    new = file.with_suffix(".new")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as opened:
+        json.dump(content, opened)
+    new.replace(file)
+
+
+def minder_for(
+    engine: PreparedEngine, spec: LaunchSpec, settings: Settings, display: Display, control: Path | None = None
+) -> Minder:
     """A minder that will run the engine and report how its loading goes."""
     kind = launchable(spec.kind)
     phase = f"start {spec.name} ({spec.kind} on {spec.device}, {spec.served_name})"
@@ -262,6 +294,8 @@ def minder_for(engine: PreparedEngine, spec: LaunchSpec, settings: Settings, dis
         display.report(Step(phase, text, done, total))
 
     report("starting its program")
+    # What decides beside the command line whether an engine runs as wanted; a digest, since there may be a key in it.
+    mark = hashlib.sha256(json.dumps(sorted(kind.environment(spec).items())).encode()).hexdigest()[:16]
     return Minder(
         spec.name,
         kind.command_line(spec, engine.environment.python),
@@ -269,8 +303,12 @@ def minder_for(engine: PreparedEngine, spec: LaunchSpec, settings: Settings, dis
         address=spec.address,
         log_path=settings.data_dir / "logs" / f"{spec.name}.log",
         ready_path=ENGINES[spec.kind].ready_path,
+        control=control,
         phases=kind.loading_phases,
+        keep=engine.settings.keep,
+        mark=mark,
         on_phase=report,
+        on_trouble=display.say,
     )
 
 
@@ -280,9 +318,10 @@ def run_engine(engine: LocalEngine, settings: Settings) -> int:
     address = Address(port=engine.port)
     with Display() as display:
         try:
-            with interruptible():
+            with interruptible(), run_directory(settings) as directory:
                 prepared = prepare(engine, settings, display)
-                minder = minder_for(prepared, prepared.spec(settings, address, None), settings, display)
+                control = directory / f"alone-{engine.port}.control"
+                minder = minder_for(prepared, prepared.spec(settings, address, None), settings, display, control)
                 return asyncio.run(_run_alone(minder, display))
         except (StopRequested, asyncio.CancelledError):
             display.say("stopped")
@@ -296,7 +335,7 @@ async def _run_alone(minder: Minder, display: Display) -> int:
             seconds = await minder.wait_ready(ENGINE_READY_WITHIN)
             display.done()
             display.say(f"{minder.name} is ready after {seconds:.0f} s: forebay serve --upstream {minder.address}")
-            display.say(str(await minder.wait()))
+            display.say(await minder.wait())
             return 1
         finally:
             await minder.stop(ENGINE_GRACE)
@@ -311,6 +350,11 @@ def run_directory(settings: Settings) -> Iterator[Path]:
     temporary files comes, unless that makes a path too long for a socket."""
     directory = settings.data_dir.absolute() / "run"
     if len(os.fsencode(directory)) > MAX_RUN_DIRECTORY:
+        if any(engine.keep for engine in settings.engines):
+            raise StartError(
+                f"an engine that is kept is found again in {directory}, but a Unix socket's path may not be so long;"
+                " choose a shorter data directory with FOREBAY_HOME or data_dir in the configuration"
+            )
         with tempfile.TemporaryDirectory(prefix="forebay-") as short:
             yield Path(short)
     else:
@@ -330,16 +374,23 @@ def _prepare_and_run(plan: Plan, directory: Path, display: Display) -> int:
     engines = [prepare(engine, plan.settings, display) for engine in plan.settings.engines]
     display.done()
     specs = [engine.private_spec(plan.settings, directory) for engine in engines]
-    minders = [minder_for(engine, spec, plan.settings, display) for engine, spec in zip(engines, specs, strict=True)]
+    controls = [engine.control(plan.settings, directory) for engine in engines]
+    minders = [
+        minder_for(engine, spec, plan.settings, display, control)
+        for engine, spec, control in zip(engines, specs, controls, strict=True)
+    ]
     key = make_start_key(plan.settings)
-    replica = Replica(replica_command(plan), replica_environment(plan, specs), replica_grace(plan))
+    replica = Replica(replica_command(plan), replica_environment(plan, specs, controls), replica_grace(plan))
 
     def greet(models: tuple[str, ...]) -> None:
         display.done()
-        took = f"Started in {time.monotonic() - started:.0f} s. Ctrl-C stops everything."
+        kept = [minder.name for minder in minders if minder.keep]
+        what = "everything" if not kept else f"the gateway; {', '.join(kept)}: forebay engines stop NAME"
+        took = f"Started in {time.monotonic() - started:.0f} s. Ctrl-C stops {what}."
         print(Greeting(plan.settings, key, models, (took,)).text(), flush=True)
 
-    return asyncio.run(run_engines(replica, minders, plan.settings, display, greet))
+    with admin_pass(plan.settings):
+        return asyncio.run(run_engines(replica, minders, plan.settings, display, greet))
 
 
 async def run_engines(
@@ -353,7 +404,7 @@ async def run_engines(
     with _signals_stop_this_task(display, replica):
         async with contextlib.AsyncExitStack() as running:
             for minder in minders:
-                running.push_async_callback(minder.stop, ENGINE_GRACE)
+                running.push_async_callback(_leave_or_stop, minder)
                 await minder.start()
             await asyncio.gather(*(minder.wait_ready(ENGINE_READY_WITHIN) for minder in minders))
             running.push_async_callback(replica.stop)
@@ -361,6 +412,13 @@ async def run_engines(
             display.report(Step("start the gateway", "waiting until it is ready"))
             greet(await _replica_ready(replica, settings))
             return await _until_nothing_serves(replica, minders, settings, display)
+
+
+async def _leave_or_stop(minder: Minder) -> None:
+    if minder.keep and minder.state is not None and minder.state.phase != FAILED:
+        await minder.leave()
+    else:
+        await minder.stop(ENGINE_GRACE)
 
 
 async def _replica_ready(replica: Replica, settings: Settings) -> tuple[str, ...]:
@@ -384,7 +442,10 @@ async def _replica_ready(replica: Replica, settings: Settings) -> tuple[str, ...
 async def _until_nothing_serves(
     replica: Replica, minders: Sequence[Minder], settings: Settings, display: Display
 ) -> int:
-    """Watch all processes; return when the replica has ended, or the last engine and no upstream is there either."""
+    """Watch all processes; return when the replica has ended, or the last engine is given up and no upstream is there.
+
+    An engine that ends by itself is started again by its minder; only when that gives up is it gone.
+    """
     gateway = asyncio.create_task(replica.wait())
     engines = {asyncio.create_task(minder.wait()) for minder in minders}
     try:
@@ -394,7 +455,7 @@ async def _until_nothing_serves(
                 display.say(f"the gateway ended by itself with exit code {gateway.result()}: stopping")
                 return 1
             for engine in [engine for engine in engines if engine.done()]:
-                display.say(str(engine.result()))
+                display.say(engine.result())
                 engines.remove(engine)
         display.say("no engine is left: stopping")
         return 1
@@ -407,7 +468,7 @@ async def _until_nothing_serves(
 def _signals_stop_this_task(display: Display, replica: Replica | None = None) -> Iterator[None]:
     """Inside, the first SIGINT or SIGTERM cancels this task; the second ends the replica and this process now.
 
-    The engines' supervisors then notice that their owner is gone and end the engines. SIGHUP is the replica's: reload.
+    The engines' agents then notice that their owner is gone and end the engines. SIGHUP is the replica's: reload.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
@@ -454,14 +515,15 @@ def replica_command(plan: Plan) -> list[str]:
     return [sys.executable, "-m", "gateway.app", *(["--config", str(plan.config)] if plan.config else [])]
 
 
-def replica_environment(plan: Plan, specs: Sequence[LaunchSpec]) -> dict[str, str]:
-    """What the replica is told beyond the file: the command line's words, and the engines of this machine."""
+def replica_environment(plan: Plan, specs: Sequence[LaunchSpec], controls: Sequence[Path]) -> dict[str, str]:
+    """What the replica is told beyond the file: the command line's words, and the engines of this machine, each with
+    where its minder is spoken to."""
     upstreams = [
         *(_upstream_tree(upstream) for upstream in plan.settings.upstreams),
         *(
-            {"url": str(spec.address), "engine": spec.kind, "name": spec.name}
+            {"url": str(spec.address), "engine": spec.kind, "name": spec.name, "minder": f"unix:{control}"}
             | ({"api_key": spec.api_key} if spec.api_key else {})
-            for spec in specs
+            for spec, control in zip(specs, controls, strict=True)
         ),
     ]
     said = {name: value for name, value in plan.overrides.items() if name != "engines"}
@@ -540,7 +602,8 @@ def _serve_upstreams(plan: Plan, display: Display) -> int:
     key, notes = key_or_note(plan.settings)
     greeting = greet_when_ready(plan.settings, key, notes, display)
     threading.Thread(target=asyncio.run, args=(greeting,), name="greeting", daemon=True).start()
-    return run(plan.settings, plan.config)
+    with admin_pass(plan.settings):
+        return run(plan.settings, plan.config)
 
 
 async def greet_when_ready(
@@ -565,7 +628,8 @@ def key_or_note(settings: Settings) -> tuple[str | None, tuple[str, ...]]:
         return None, ()
     upgrade(settings.state_url)
     with KeyStore(settings.state_url) as store:
-        own = {record.name for record in store.load_all().records.values()} - {_start_key_name(settings)}
+        known = {record.name for record in store.load_all().records.values()}
+        own = known - {_start_key_name(settings), _admin_key_name(settings)}
     more = "forebay keys create --name NAME"
     if settings.keys or own:
         return None, (f"Keys: {len(settings.keys) + len(own)} known by name; make another with: {more}",)
@@ -591,3 +655,32 @@ def make_start_key(settings: Settings) -> str | None:
 
 def _start_key_name(settings: Settings) -> str:
     return f"serve-{settings.listen.unix_socket or settings.listen.port}"
+
+
+def _admin_key_name(settings: Settings) -> str:
+    return f"admin-of-{_start_key_name(settings)}"
+
+
+@contextlib.contextmanager
+def admin_pass(settings: Settings) -> Iterator[None]:
+    """Inside, `forebay engines list` and its like work for this user on this machine: an admin key, made for this
+    start, lies with the admin listener's address in a file that nobody else can read."""
+    if not settings.admin.enabled:
+        yield
+        return
+    file = pass_file(settings)
+    try:
+        upgrade(settings.state_url)
+        with KeyStore(settings.state_url) as store:
+            key = store.create(_admin_key_name(settings), models=(), admin=True, replace=True).key
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(file, {"url": admin_url(settings), "key": key})
+    except OSError as error:
+        raise StartError(
+            f"{file} cannot be written ({error.strerror}); make the data directory writable or choose another one with"
+            " FOREBAY_HOME or data_dir in the configuration"
+        ) from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)

@@ -84,6 +84,8 @@ class Metrics:
         self._upstream_errors: dict[tuple[str, str], int] = {}
         self._endpoints: dict[str, tuple[bool, int]] = {}
         self._ejections: dict[str, int] = {}
+        self._cordoned: dict[str, bool] = {}
+        self._restarts: dict[str, int] = {}
         self._engine_loads: dict[str, tuple[EngineLoad, float]] = {}
         self.overhead = {stage: Histogram(OVERHEAD_SECONDS) for stage in ("auth", "policy", "connect")}
         self.client_retries = 0
@@ -134,9 +136,17 @@ class Metrics:
         """Note what an engine says of its own load at ``wall`` (Unix seconds)."""
         self._engine_loads[endpoint] = (load, wall)
 
+    def endpoint_cordoned(self, endpoint: str, cordoned: bool) -> None:
+        """Note whether somebody keeps new requests from an endpoint."""
+        self._cordoned[endpoint] = cordoned
+
+    def engine_restarted(self, endpoint: str, times: int) -> None:
+        """Note how often an engine ended by itself and was started again, as its minder counts."""
+        self._restarts[endpoint] = times
+
     def endpoint_gone(self, endpoint: str) -> None:
         """Forget an endpoint that is no longer configured."""
-        for known in (self._endpoints, self._ejections, self._engine_loads):
+        for known in (self._endpoints, self._ejections, self._engine_loads, self._cordoned, self._restarts):
             known.pop(endpoint, None)
 
     def reloaded(self, ok: bool) -> None:
@@ -205,7 +215,17 @@ class Metrics:
         )
         for endpoint, count in list(self._ejections.items()):
             ejections.add_metric([endpoint], count)
-        yield from (errors, up, load, ejections)
+        cordoned = GaugeMetricFamily(
+            "forebay_endpoint_cordoned", "Whether new requests are kept from an endpoint", labels=["endpoint"]
+        )
+        for endpoint, held in list(self._cordoned.items()):
+            cordoned.add_metric([endpoint], float(held))
+        restarts = CounterMetricFamily(
+            "forebay_engine_restarts", "Times an engine ended by itself and was started again", labels=["endpoint"]
+        )
+        for endpoint, times in list(self._restarts.items()):
+            restarts.add_metric([endpoint], times)
+        yield from (errors, up, load, ejections, cordoned, restarts)
         yield from self._collect_engines()
 
     def _collect_engines(self) -> Iterator[Metric]:

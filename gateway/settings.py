@@ -154,6 +154,8 @@ class KeySettings(Section):
     """When it stops working; UTC when no zone is given."""
     trust_domain: Name | None = None
     """Keys of one trust domain may share an engine's prefix cache."""
+    admin: bool = False
+    """Whether it may use the admin API: see, drain and restart engines."""
 
     @model_validator(mode="after")
     def _one_source(self) -> KeySettings:
@@ -193,6 +195,14 @@ class Upstream(Section):
     """Certificates to trust for https instead of the system's."""
     max_connections: Count = 1024
     """Connections this gateway may hold to it, or to each one that is discovered."""
+    minder: UpstreamUrl | None = None
+    """Control port of the agent beside it, unix:/path or http://host:port: it can then be drained and restarted."""
+    minder_port: Port | None = None
+    """The same for engines that are discovered: a port of each one's own host."""
+    minder_token_file: UserPath | None = None
+    """A file holding the token that the control port asks for."""
+    minder_token_env: str | None = None
+    """An environment variable holding that token."""
     discover: Literal["dns", "kubernetes"] | None = None
     """`dns`: every address the URL's host name stands for is an engine. `kubernetes`: every ready endpoint of the
     Service that the URL names as http://SERVICE or http://SERVICE.NAMESPACE; its port is the pods' own."""
@@ -214,6 +224,21 @@ class Upstream(Section):
         return self
 
     @model_validator(mode="after")
+    def _minded(self) -> Upstream:
+        if self.minder is not None and self.discover is not None:
+            raise ValueError("minder is one address; engines that are discovered have a minder_port")
+        if self.minder_port is not None and self.discover is None:
+            raise ValueError("minder_port is for engines that are discovered; write minder: http://host:port")
+        if self.minder is not None and self.minder.startswith("https://"):
+            raise ValueError("minder should be unix:/path or http://host:port")
+        given = [self.minder_token_file, self.minder_token_env]
+        if None not in given:
+            raise ValueError("should have at most one of minder_token_file, minder_token_env")
+        if given != [None, None] and self.minder is None and self.minder_port is None:
+            raise ValueError("a minder's token has no effect without minder or minder_port")
+        return self
+
+    @model_validator(mode="after")
     def _usable(self) -> Upstream:
         given = [name for name in ("api_key", "api_key_file", "api_key_env") if getattr(self, name) is not None]
         if len(given) > 1:
@@ -227,6 +252,13 @@ class Upstream(Section):
         if self.api_key is None and self.api_key_file is None and self.api_key_env is None:
             return None
         return read_secret(f"upstream {self.name or self.url!r}", self.api_key, self.api_key_file, self.api_key_env)
+
+    def minder_token(self) -> str | None:
+        """The token of its minder's control port, or None; ConfigError when it cannot be read."""
+        if self.minder_token_file is None and self.minder_token_env is None:
+            return None
+        what = f"minder of upstream {self.name or self.url!r}"
+        return read_secret(what, None, self.minder_token_file, self.minder_token_env)
 
 
 class LocalAdapters(Section):
@@ -288,6 +320,8 @@ class LocalEngine(Section):
     """More arguments for the engine's own command line."""
     environment: dict[str, str] = Field(default={}, repr=False)
     """More environment variables for the engine."""
+    keep: bool = False
+    """Whether it goes on when `forebay serve` ends, for the next one to take over; `forebay engines stop` ends it."""
 
     def asked(self) -> LaunchSpec:
         """What is asked of the engine, before it is known where its model lies and where it will listen."""
@@ -577,6 +611,7 @@ def _key_problems(settings: Settings) -> Iterator[str]:
     for index, upstream in enumerate(settings.upstreams):
         try:
             upstream.credential()
+            upstream.minder_token()
         except ConfigError as error:
             yield from (f"upstreams[{index}]: {problem}" for problem in error.problems)
 

@@ -60,7 +60,9 @@ def refused(*arguments: str, stdin: str | None = None) -> str:
 
 @pytest.mark.parametrize(
     "command", ["serve", "doctor", "config check", "config schema", "keys create", "keys import", "keys revoke",
-                "engines install", "engines run", "engines check", "engines table"]
+                "engines install", "engines run", "engines list", "engines logs", "engines drain", "engines restart",
+                "engines stop", "engines cordon", "engines uncordon", "engines eject", "engines check",
+                 "engines table"]
 )  # fmt: skip
 def test_help_teaches_by_example(command: str) -> None:
     shown = forebay(*command.split(), "--help").stdout
@@ -347,6 +349,51 @@ def test_a_killed_command_leaves_nothing(start: Start) -> None:
     command.wait_ready()
     assert command.end(signal.SIGKILL) == -signal.SIGKILL
     assert command.left() == []
+
+
+def test_a_gateway_that_is_killed_ends_everything_and_is_said(start: Start) -> None:
+    """Its replica is killed, for lack of memory perhaps: nothing is left half alive."""
+    command = start("serve")
+    command.wait_ready()
+    [replica] = [process for process in command.family if "gateway.app" in " ".join(process.cmdline())]
+    replica.kill()
+    assert command.process.wait(PATIENCE) == 1
+    assert "the gateway ended by itself with exit code -9: stopping" in command.err.read_text()
+    assert command.left() == []
+
+
+def test_an_engine_that_is_killed_comes_back_behind_the_same_gateway(start: Start) -> None:
+    command = start("serve", "--auth", "none")
+    command.wait_ready()
+    listed = json.loads(forebay("engines", "list", "--json").stdout)
+    [engine] = listed
+    os.kill(engine["minder"]["pid"], signal.SIGKILL)
+    command.wait_for(lambda: "local serves again" in command.err.read_text())
+    command.wait_for(lambda: json.loads(forebay("engines", "list", "--json").stdout)[0]["state"] == "serving")
+    [again] = json.loads(forebay("engines", "list", "--json").stdout)
+    assert again["minder"]["restarts"] == 1
+    assert again["minder"]["pid"] != engine["minder"]["pid"]
+    assert forebay("engines", "restart", "local").stdout == "local serves again\n"
+    assert forebay("engines", "logs", "local").exit_code == 0
+    assert command.end(signal.SIGTERM) == 0
+    assert command.left() == []
+    assert "no gateway of this data directory" in refused("engines", "list")
+
+
+def test_a_kept_engine_outlives_a_killed_command(start: Start, tmp_path: Path) -> None:
+    """The next start takes it over; without a gateway it can still be asked and stopped."""
+    (tmp_path / "work" / "forebay.yaml").write_text("engines: [{name: mine, keep: true}]\n")
+    port = str(free_port())
+    first = start("serve", FOREBAY_LISTEN__PORT=port)
+    assert "Ctrl-C stops the gateway; mine: forebay engines stop NAME" in first.wait_ready()
+    assert first.end(signal.SIGKILL) == -signal.SIGKILL
+    second = start("serve", FOREBAY_LISTEN__PORT=port)
+    second.wait_ready()
+    assert second.order.read_text().count("engine up") == 1
+    assert second.end(signal.SIGINT) == 0
+    assert forebay("engines", "stop", "mine").stdout == "mine stopped (exit code 0)\n"
+    assert second.order.read_text() == "engine up\nengine down\n"
+    assert first.left() == []
 
 
 def test_a_signal_while_it_installs_stops_it(start: Start, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 import signal
 import socket
 import stat
@@ -17,7 +18,8 @@ import httpx
 import pytest
 
 from engines.environments import EngineEnvironment
-from engines.minder import Address, Minder, MinderError
+from engines.minder import Address, RestartPolicy
+from engines.minding import Minder, MinderError
 from engines.models import ModelFiles
 from gateway import local
 from gateway.greeting import Display
@@ -39,11 +41,16 @@ from gateway.local import (
     run_directory,
     run_engines,
 )
+from gateway.operate import stop_engine
 from gateway.settings import Settings, load
 from gateway.state.keys import KeyStore
 from tests.support.sockets import bind_free, free_port
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_child.py"))]
+
+
+QUICK = RestartPolicy(first=0.01, never_ready=1)
+NO_SECOND_CHANCE = RestartPolicy(never_ready=1, storm=1)
 
 
 class House:
@@ -65,7 +72,7 @@ class House:
         command = [*FAKE, "gateway", str(self.order_file), "--port", str(self.port), *arguments]
         return Replica(command, {}, grace)
 
-    def engine(self, name: str, *arguments: str) -> Path:
+    def engine(self, name: str, *arguments: str, policy: RestartPolicy = QUICK, keep: bool = False) -> Path:
         """Add an engine; return its socket."""
         path = self.directory / f"{name}.sock"
         self.minders.append(
@@ -75,6 +82,9 @@ class House:
                 environment=os.environ,
                 address=Address(unix=path),
                 log_path=self.directory / f"{name}.log",
+                policy=policy,
+                keep=keep,
+                on_trouble=self.display.say,
             )
         )
         return path
@@ -136,19 +146,38 @@ async def test_a_gateway_that_cannot_start_takes_the_engines_down(house: House) 
     assert house.order == ["engine up", "engine down"]
 
 
-async def test_without_its_last_engine_the_gateway_stops(house: House) -> None:
+async def test_an_engine_that_ends_by_itself_comes_back(house: House) -> None:
+    """The gateway and its clients stay; requests meanwhile are refused or served elsewhere."""
     path = house.engine("engine")
+    running = house.start()
+    await house.greeted
+    await end_at("http://engine", path)
+    async with asyncio.timeout(60):
+        while "engine serves again" not in house.said.getvalue():
+            await asyncio.sleep(0.01)
+    assert "engine ended by itself after" in house.said.getvalue()
+    assert re.search(r"\(exit code 3\): .*; starting it again in 0 s", house.said.getvalue())
+    await house.replica_answers()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert house.order == ["engine up", "gateway up", "engine up", "gateway down", "engine down"]
+
+
+async def test_without_its_last_engine_the_gateway_stops(house: House) -> None:
+    path = house.engine("engine", policy=NO_SECOND_CHANCE)
     running = house.start()
     await house.greeted
     await end_at("http://engine", path)
     assert await running == 1
     assert house.order == ["engine up", "gateway up", "gateway down"]
     assert "engine ended by itself after" in house.said.getvalue()
+    assert "given up: it ended once within 900 s" in house.said.getvalue()
     assert "no engine is left: stopping" in house.said.getvalue()
 
 
 async def test_with_another_engine_the_gateway_goes_on(house: House) -> None:
-    first = house.engine("first")
+    first = house.engine("first", policy=NO_SECOND_CHANCE)
     house.engine("second")
     running = house.start()
     await house.greeted
@@ -161,6 +190,41 @@ async def test_with_another_engine_the_gateway_goes_on(house: House) -> None:
         await running
     assert house.order[-2:] == ["gateway down", "second down"]
     assert "first ended by itself" in house.said.getvalue()
+
+
+async def test_a_kept_engine_outlives_its_gateway_and_the_next_one_takes_it_over(house: House, tmp_path: Path) -> None:
+    """A gateway is restarted for a new release in a second; a large model loads for minutes."""
+    house.engine("engine", keep=True)
+    first = house.minders[0]
+    running = house.start()
+    await house.greeted
+    pid = first.engine_pid
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert house.order == ["engine up", "gateway up", "gateway down"]
+    again = House(tmp_path)
+    again.engine("engine", keep=True)
+    running = again.start()
+    await again.greeted
+    assert again.minders[0].adopted
+    assert again.minders[0].engine_pid == pid
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    # With other arguments it is another engine: the old one ends first.
+    last = House(tmp_path)
+    last.engine("engine", "--stubborn", keep=True)
+    running = last.start()
+    await last.greeted
+    assert not last.minders[0].adopted
+    assert last.minders[0].engine_pid != pid
+    assert "engine is there with other arguments: ending it first" in last.said.getvalue()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await stop_engine(f"unix:{last.minders[0].control}", drain=0, grace=0)
+    assert last.order[-4:] == ["engine down", "engine up", "gateway up", "gateway down"]
 
 
 async def test_without_the_gateway_the_engines_stop(house: House) -> None:
@@ -345,7 +409,7 @@ def test_the_replica_learns_what_was_typed_and_where_the_engines_are(
     }
     plan, engine = prepared(tmp_path, tree)
     spec = engine.private_spec(plan.settings, tmp_path)
-    for name, value in replica_environment(plan, [spec]).items():
+    for name, value in replica_environment(plan, [spec], [Path("/run/mine.control")]).items():
         monkeypatch.setenv(name, value)
     child = load(None)
     assert child.auth == "none"

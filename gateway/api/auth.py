@@ -41,6 +41,15 @@ _WRONG = Refusal(
 _EXPIRED = Refusal(Kind.NO_KEY, "This API key has expired. Ask whoever runs the gateway for a new one.")
 
 
+_NO_ADMIN_KEY = Refusal(
+    Kind.NO_KEY,
+    "The admin API needs an admin key, sent as 'Authorization: Bearer KEY'. Make one on the gateway's machine:"
+    " forebay keys create --admin --name NAME",
+)
+_NO_ADMIN = Refusal(
+    Kind.NO_ADMIN, "This key may not use the admin API. Make one that may: forebay keys create --admin --name NAME"
+)
+
 _FOUND_BY = 16
 """Bytes of the digest a key is found by."""
 
@@ -52,18 +61,33 @@ class Authenticator:
 
     def __init__(self, table: Mapping[bytes, KeyRecord] | None) -> None:
         self._table: dict[bytes, tuple[bytes, KeyRecord]] | None = None
+        self._admins: dict[bytes, tuple[bytes, KeyRecord]] = {}
         self.replace(table)
 
-    def replace(self, table: Mapping[bytes, KeyRecord] | None) -> None:
-        """Swap the whole table at once."""
+    def replace(self, table: Mapping[bytes, KeyRecord] | None, known: Mapping[bytes, KeyRecord] | None = None) -> None:
+        """Swap the whole table at once. ``known`` are the keys there are even where everybody is let in: the admin API
+        is never open."""
         # Found by half the digest, decided by a comparison of the whole in constant time.
         self._table = None if table is None else {d[:_FOUND_BY]: (d, record) for d, record in table.items()}
+        keys = (table or {}) if known is None else known
+        self._admins = {d[:_FOUND_BY]: (d, record) for d, record in keys.items() if record.admin}
 
     def identify(self, headers: Mapping[bytes, bytes], now: datetime | None = None) -> KeyRecord | Refusal:
         """Return whose key the headers carry (names in lower case)."""
-        table = self._table
-        if table is None:
+        if self._table is None:
             return ANONYMOUS
+        return self._find(self._table, headers, now)
+
+    def identify_admin(self, headers: Mapping[bytes, bytes], now: datetime | None = None) -> KeyRecord | Refusal:
+        """Return whose admin key the headers carry; another key is refused."""
+        who = self._find(self._admins, headers, now)
+        if who is _WRONG and self._table is not None and not isinstance(self._find(self._table, headers, now), Refusal):
+            return _NO_ADMIN
+        return _NO_ADMIN_KEY if who is _MISSING or who is _WRONG else who
+
+    def _find(
+        self, table: Mapping[bytes, tuple[bytes, KeyRecord]], headers: Mapping[bytes, bytes], now: datetime | None
+    ) -> KeyRecord | Refusal:
         key = _bearer(headers)
         if not key:
             return _MISSING

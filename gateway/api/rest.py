@@ -16,21 +16,15 @@ from starlette.exceptions import HTTPException
 from adapters.catalogue import Model
 from gateway.api.auth import may_use
 from gateway.api.edge import Edge
+from gateway.api.endpoints import ADMIN, Refused
 from gateway.api.routes import RELAYED
 from gateway.errors import Kind, Refusal, openai_body
+from gateway.serving.minded import Minders
 from gateway.serving.pool import Endpoint
 from gateway.state.keys import KeyRecord
 
 TITLE = "Forebay"
 SUMMARY = "An OpenAI-compatible gateway in front of inference engines"
-
-
-class Refused(Exception):  # noqa: N818 - a refusal on its way to the table, not an error of ours
-    """A refusal raised inside a FastAPI route."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
 
 
 # Read once, for both listeners: making a route of a function takes FastAPI a good deal longer than serving it. Which
@@ -88,6 +82,9 @@ async def metrics(request: Request) -> Response:
     edge = _edge(request)
     for endpoint in edge.pool.endpoints:
         edge.metrics.endpoint_state(endpoint.name, endpoint.healthy, endpoint.in_flight)
+        edge.metrics.endpoint_cordoned(endpoint.name, endpoint.cordoned)
+    for endpoint, state in request.app.state.minders.states.items():
+        edge.metrics.engine_restarted(endpoint.name, state.restarts)
     text = await asyncio.get_running_loop().run_in_executor(None, edge.metrics.render)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
@@ -108,11 +105,12 @@ def public_app(edge: Edge, version: str) -> FastAPI:
     return app
 
 
-def admin_app(edge: Edge, public: FastAPI, version: str) -> FastAPI:
-    """Return what only operators reach: metrics, health and the documentation of the public paths."""
-    routes = [*_HEALTH.routes, *_METRICS.routes]
+def admin_app(edge: Edge, minders: Minders, public: FastAPI, version: str) -> FastAPI:
+    """Return what only operators reach: metrics, health, the documentation, and with an admin key the endpoints."""
+    routes = [*_HEALTH.routes, *_METRICS.routes, *ADMIN.routes]
     app = FastAPI(title=f"{TITLE} (operators)", version=version, redoc_url=None, routes=routes)
     app.state.edge = edge
+    app.state.minders = minders
     _handle_errors(app, edge)
     app.openapi = cache(lambda: schema(public, app))  # type: ignore[method-assign]
     return app

@@ -14,10 +14,19 @@ from gateway.serving.upstream import Address, Connections
 
 
 @dataclass(frozen=True, slots=True)
+class MinderAt:
+    """Where the agent beside an engine is spoken to."""
+
+    address: str
+    token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class EndpointSpec:
     """What the configuration says of an endpoint.
 
     ``models`` maps public names to the engine's own; None: the engine is asked. ``api_key`` is the engine's own key.
+    ``minder`` None: nobody but the engine itself can be spoken to.
     """
 
     name: str
@@ -27,6 +36,7 @@ class EndpointSpec:
     api_key: str | None = None
     models: tuple[tuple[str, str], ...] | None = None
     max_connections: int = 1024
+    minder: MinderAt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,8 @@ class Endpoint:
         self.engine = spec.engine
         self.connections = Connections(spec.address, spec.max_connections)
         self.in_flight = 0
+        self.holds: set[str] = set()
+        """Who keeps new requests from it, by command; those under way finish."""
         # Named models are believed until a connection fails; an engine that must be asked has served nothing yet.
         self.healthy = spec.models is not None and not self.asked
         self.seen = False
@@ -71,7 +83,12 @@ class Endpoint:
     @property
     def available(self) -> bool:
         """Whether it can be given a request now."""
-        return self.healthy and not self.connections.full
+        return self.healthy and not self.holds and not self.connections.full
+
+    @property
+    def cordoned(self) -> bool:
+        """Whether somebody keeps new requests from it."""
+        return bool(self.holds)
 
     def offers(self, model: str, path: str, salted: bool) -> bool:
         """Whether its engine serves a model on a path, and as the request needs it."""
@@ -203,7 +220,7 @@ class Pool:
     @property
     def ready(self) -> bool:
         """Whether any endpoint can be given work."""
-        return any(endpoint.healthy for endpoint in self.endpoints)
+        return any(endpoint.healthy and not endpoint.holds for endpoint in self.endpoints)
 
     def close(self) -> None:
         """Close every connection to every engine."""

@@ -157,6 +157,11 @@ class Connections:
         for connection in list(self._idle):
             connection.close()
 
+    def cut(self, why: str) -> None:
+        """Close every connection at once; who waits for an answer is told ``why`` there will be none."""
+        for connection in list(self._all):
+            connection.cut(why)
+
     def close(self) -> None:
         """Close every connection, in use or not."""
         for connection in list(self._all):
@@ -280,6 +285,10 @@ class Connection(asyncio.Protocol):
         self.idle = False
         if self._transport is not None:
             self._transport.abort()
+
+    def cut(self, why: str) -> None:
+        """Close at once, and tell who waits for the answer."""
+        self._fail(Loss.CLOSED, why)
 
     def close(self) -> None:
         """Close an idle connection."""

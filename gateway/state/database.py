@@ -46,6 +46,7 @@ keys_table = sa.Table(
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     sa.Column("expires_at", sa.DateTime(timezone=True)),
     sa.Column("revoked_at", sa.DateTime(timezone=True)),
+    sa.Column("admin", sa.Boolean(create_constraint=False), nullable=False, server_default=sa.false()),
 )
 
 version_table = sa.Table(
@@ -109,6 +110,12 @@ def translated(engine: sa.Engine) -> Iterator[None]:
         lines = str(cause).strip().splitlines() if isinstance(error, DBAPIError | sqlite3.Error) else []
         reason = lines[0] if lines else type(cause).__name__
         raise StateError(f"the state database {describe(engine.url)} failed: {reason}; {_advice(engine)}") from error
+
+
+def exists(url: str) -> bool:
+    """Tell whether there is a database to open: a SQLite file that was made, or any other kind."""
+    parsed = sa.make_url(url)
+    return parsed.get_backend_name() != "sqlite" or Path(str(parsed.database)).exists()
 
 
 def describe(url: sa.URL) -> str:

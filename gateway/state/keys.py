@@ -38,6 +38,8 @@ class KeyRecord:
     trust_domain: str | None
     expires_at: datetime | None
     source: Literal["file", "database"]
+    admin: bool = False
+    """Whether it may use the admin API."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +140,21 @@ class KeyStore:
         expires: datetime | None = None,
         trust_domain: str | None = None,
         *,
+        admin: bool = False,
         replace: bool = False,
     ) -> CreatedKey:
         """Make a key and store its SHA-256. `replace` deletes what had that name before, in the same transaction."""
         public_id = new_public_id()
         key = new_key(public_id)
         digest, checked = _checked(
-            name=name, key=key, tenant=tenant, models=models, caps=caps, expires=expires, trust_domain=trust_domain
+            name=name,
+            key=key,
+            tenant=tenant,
+            models=models,
+            caps=caps,
+            expires=expires,
+            trust_domain=trust_domain,
+            admin=admin,
         )
         return CreatedKey(key, self._insert(digest, checked, public_id, replace))
 
@@ -201,6 +211,7 @@ class KeyStore:
             "trust_domain": key.trust_domain,
             "created_at": datetime.now(UTC),
             "expires_at": key.expires,
+            "admin": key.admin,
         }
         with translated(self._engine), self._engine.begin() as connection:
             if replace:
@@ -236,6 +247,7 @@ def _record_of_setting(key: KeySettings, public_id: str, source: Literal["file",
         trust_domain=key.trust_domain,
         expires_at=key.expires,
         source=source,
+        admin=key.admin,
     )
 
 
@@ -249,6 +261,7 @@ def _record_of_row(row: sa.Row[tuple[object, ...]]) -> KeyRecord:
         trust_domain=row.trust_domain,
         expires_at=_utc(row.expires_at),
         source="database",
+        admin=bool(row.admin),
     )
 
 

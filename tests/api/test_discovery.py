@@ -10,6 +10,7 @@ import pytest
 
 from engines import discovery
 from gateway import finder
+from gateway.serving.pool import MinderAt
 from gateway.settings import ConfigError, Upstream
 from tests.support.gateway import CHAT, StartGateway, chat, relayed, serving, until
 from tests.support.recordings import load
@@ -53,6 +54,16 @@ def behind_a_name(upstream: ScriptedUpstream) -> Upstream:
     named = serving(upstream, name="rack", discover=None)
     port = urlsplit(upstream.url).port
     return named.model_copy(update={"url": f"http://engines.example:{port}", "discover": "dns"})
+
+
+async def test_each_engine_behind_a_name_has_its_own_minder(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, name_server: NameServer
+) -> None:
+    gateway = await start_gateway(behind_a_name(upstream).model_copy(update={"minder_port": 9}))
+    await gateway.line("endpoints_found")
+    await until(lambda: gateway.replica.pool.endpoints, "what was found never became an endpoint")
+    (endpoint,) = gateway.replica.pool.endpoints
+    assert endpoint.spec.minder == MinderAt("http://127.0.0.1:9")
 
 
 async def test_engines_behind_a_name_come_and_go(

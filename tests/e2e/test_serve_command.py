@@ -20,7 +20,8 @@ import pytest
 
 from tests.e2e.conftest import Measure
 from tests.e2e.forwarder import forwarding
-from tests.support.real_engine import ANSWER_WITHIN, RealEngine, data_directory
+from tests.support.real_engine import ANSWER_WITHIN, RealEngine, data_directory, engine_leader
+from tests.support.real_engine import START_WITHIN as COMES_BACK_WITHIN
 from tests.support.served import PROGRAM, Served
 from tests.support.sockets import free_port
 
@@ -118,6 +119,43 @@ def test_in_front_of_a_running_engine_an_address_is_all_it_needs(
     assert f"Models: {MODEL}\n" in served.out
     assert answer["model"] == MODEL
     assert not (home / "engines").exists()
+
+
+@pytest.mark.ends_the_session
+@real_engine
+def test_an_engine_whose_worker_is_killed_comes_back(served: Served, vllm_engine: RealEngine, measure: Measure) -> None:
+    """Near the end of the session, by its mark: this engine is another one afterwards."""
+    leader = psutil.Process(vllm_engine.pid)
+    before = [leader, *leader.children(recursive=True)]
+    [core] = [process for process in before if process.cmdline()[0].startswith("VLLM::EngineCore")]
+    question = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+    began, refused_after, codes = time.monotonic(), None, set()
+    core.kill()
+    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {served.key}"}) as client:
+        while True:
+            answer = client.post("/v1/chat/completions", json=question, timeout=ANSWER_WITHIN)
+            if answer.status_code != 200:
+                refused_after = refused_after or time.monotonic() - began
+                codes.add((answer.status_code, answer.json()["error"]["code"]))
+            elif refused_after is not None:
+                break
+            assert time.monotonic() - began < COMES_BACK_WITHIN, (codes, served.err)
+            time.sleep(0.2)
+    measure("the gateway refused after a kill of vLLM's worker", refused_after)
+    measure("vLLM served again after a kill of its worker", time.monotonic() - began)
+    assert codes <= {(503, "server_is_overloaded"), (502, "engine_failed")}, codes
+    told = [line for line in served.err.splitlines() if "local ended by itself after" in line]
+    assert len(told) == 1
+    assert "starting it again in 1 s" in told[0]
+    assert engine_leader(served).pid != vllm_engine.pid
+    assert [process for process in before if process.is_running()] == []
+    [listed] = json.loads(
+        subprocess.run(
+            [PROGRAM, "engines", "list", "--json"],
+            env=served.environment, capture_output=True, timeout=START_WITHIN, check=True,
+        ).stdout
+    )  # fmt: skip
+    assert (listed["state"], listed["minder"]["restarts"]) == ("serving", 1)
 
 
 @pytest.mark.ends_the_session

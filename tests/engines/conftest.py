@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from engines import environments
+from tests.engines.standalone import start
 from tests.support.real_engine import served, vllm_engine
 
-__all__ = ["served", "vllm_engine"]
+__all__ = ["served", "start", "vllm_engine"]
 
 
 @dataclass(frozen=True, slots=True)

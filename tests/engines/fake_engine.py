@@ -1,14 +1,20 @@
 """A process that behaves like an engine towards its minder: it loads, listens, obeys or does not.
 
-    python fake_engine.py [--port N | --unix PATH] [--gate FIFO] [--child] [--stubborn] [--say LINE] [--crash LINE]
+    python fake_engine.py [--port N | --unix PATH] [--gate FIFO] [--child] [--worker | --fragile] [--stubborn]
+                   [--say LINE] [--model PATH] [--hungry] [--crash LINE]
 
-Its order: ``--say`` lines, a child (in a session of its own, deaf to SIGTERM), the gate (it waits until somebody opens
-the FIFO for writing), then the crash or the port. It tells its steps on standard output.
+With ``--worker`` it answers 503 on /health once its worker is gone, as engines do that outlive their own workers; with
+``--fragile`` it ends itself then, as others do. Its order: ``--say`` lines, a child and a worker (each in a session of
+its own, deaf to SIGTERM), the gate (it waits until somebody opens the FIFO for writing), the model's file is read,
+memory is taken beyond a limit of its own (``--hungry``), then the crash or the port. It tells its steps on standard
+output.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import signal
 import socketserver
 import subprocess
@@ -21,10 +27,13 @@ DEAF_CHILD = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); prin
 
 
 class Health(BaseHTTPRequestHandler):
-    """Answers 200 on /health and 404 elsewhere."""
+    """Answers 200 on /health, 503 without its worker, and 404 elsewhere."""
+
+    worker: subprocess.Popen[str] | None = None
 
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/health" else 404)
+        well = self.worker is None or self.worker.poll() is None
+        self.send_response((200 if well else 503) if self.path == "/health" else 404)
         self.end_headers()
 
     def address_string(self) -> str:
@@ -47,32 +56,59 @@ def leave(*_: object) -> NoReturn:
     sys.exit(0)
 
 
-def main() -> None:
+def start_child() -> subprocess.Popen[str]:
+    child = subprocess.Popen(
+        [sys.executable, "-c", DEAF_CHILD], start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    say(f"child {child.pid}")
+    return child
+
+
+def despair(*_: object) -> NoReturn:
+    os.write(1, b"RuntimeError: the worker has died\n")
+    os._exit(1)
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
-    parser.add_argument("--unix")
-    parser.add_argument("--gate")
-    parser.add_argument("--child", action="store_true")
-    parser.add_argument("--stubborn", action="store_true")
+    for name in ("unix", "gate", "crash", "model"):
+        parser.add_argument(f"--{name}")
+    for name in ("child", "worker", "fragile", "stubborn", "hungry"):
+        parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--say", action="append", default=[])
-    parser.add_argument("--crash")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if options.stubborn else leave)
+    return parser.parse_args()
+
+
+def load(options: argparse.Namespace) -> None:
+    """Everything before it listens."""
     for line in options.say:
         say(line)
     if options.child:
-        child = subprocess.Popen(
-            [sys.executable, "-c", DEAF_CHILD], start_new_session=True, stdout=subprocess.PIPE, text=True
-        )
-        assert child.stdout is not None
-        child.stdout.readline()
-        say(f"child {child.pid}")
+        start_child()
+    if options.worker or options.fragile:
+        Health.worker = start_child()
     if options.gate:
         say("waiting at the gate")
         Path(options.gate).read_bytes()
+    if options.model:
+        Path(options.model).read_bytes()
+    if options.hungry:
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+        bytearray(1 << 30)
     if options.crash:
         say(options.crash)
         sys.exit(3)
+
+
+def main() -> None:
+    options = parsed()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if options.stubborn else leave)
+    load(options)
+    if options.fragile:
+        signal.signal(signal.SIGCHLD, despair)
     if options.unix:
         UnixServer(options.unix, Health).serve_forever()
     if options.port:

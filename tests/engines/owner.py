@@ -1,6 +1,6 @@
-"""A process that owns an engine, to be killed: ``python -m tests.engines.owner LOG COMMAND...``.
+"""A process that owns an engine, to be killed: ``[KEEP=1] python -m tests.engines.owner LOG SOCKET COMMAND...``.
 
-It prints the engine's lines and, once the engine runs, the process ids of the supervisor and the engine.
+It prints the engine's lines and, once the engine runs, the process ids of the agent and the engine.
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ import os
 import sys
 from pathlib import Path
 
-from engines.minder import Address, Minder
+from engines.minder import Address
+from engines.minding import Minder
 
 
-async def own(log_path: Path, command: list[str]) -> None:
-    def tell(line: str) -> None:
-        print(line, flush=True)
-        if line == "waiting at the gate":
-            assert minder._supervisor is not None
-            print(f"supervisor {minder._supervisor.pid} engine {minder.engine_pid}", flush=True)
-
-    minder = Minder("fake", command, environment=os.environ, address=Address(), log_path=log_path, on_line=tell)
+async def own(log_path: Path, engine_socket: Path, command: list[str], keep: bool) -> None:
+    minder = Minder(
+        "fake",
+        command,
+        environment=os.environ,
+        address=Address(unix=engine_socket),
+        log_path=log_path,
+        keep=keep,
+        on_line=lambda line: print(line, flush=True),
+    )
     await minder.start()
+    print(f"agent {minder.agent_pid} engine {minder.engine_pid}", flush=True)
     await minder.wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(own(Path(sys.argv[1]), sys.argv[2:]))
+    asyncio.run(own(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:], keep="KEEP" in os.environ))

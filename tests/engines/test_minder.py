@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines import minder as minder_module
-from engines.minder import Address, Exit, Lines, Minder, MinderError, Phase, probe
+from engines.minder import Address, Exit, Lines, Phase, RestartPolicy, cause_of, probe
+from engines.minding import PERSONS, Minder, MinderError
 from tests.support.sockets import bind_free, free_port
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_engine.py"))]
@@ -33,7 +35,14 @@ NOWHERE = Address()
 class Watched:
     """A minder and what it said; its engine is stopped at the end of the test."""
 
-    def __init__(self, tmp_path: Path, *arguments: str, address: Address, phases: tuple[Phase, ...] = ()) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        *arguments: str,
+        address: Address,
+        phases: tuple[Phase, ...] = (),
+        policy: RestartPolicy = PERSONS,
+    ) -> None:
         self.lines: list[str] = []
         self.phases: list[tuple[str, int | None, int | None]] = []
         self._arrived = asyncio.Event()
@@ -44,6 +53,7 @@ class Watched:
             address=address,
             log_path=tmp_path / "logs" / "fake.log",
             phases=phases,
+            policy=policy,
             on_line=self._take,
             on_phase=lambda *told: self.phases.append(told),
         )
@@ -51,6 +61,12 @@ class Watched:
     def _take(self, line: str) -> None:
         self.lines.append(line)
         self._arrived.set()
+
+    @property
+    def ended(self) -> Exit:
+        """How the engine ended last."""
+        assert self.minder.state is not None and self.minder.state.last_exit is not None
+        return self.minder.state.last_exit
 
     async def line(self, pattern: str) -> re.Match[str]:
         """Wait for a line of the engine that matches."""
@@ -71,8 +87,8 @@ async def watch(tmp_path: Path) -> AsyncIterator[Watch]:
     """Make minders of fake engines: ``watch("--child", address=...)``."""
     made: list[Watched] = []
 
-    def make(*arguments: str, address: Address = NOWHERE, phases: tuple[Phase, ...] = ()) -> Watched:
-        made.append(Watched(tmp_path, *arguments, address=address, phases=phases))
+    def make(*arguments: str, address: Address = NOWHERE, **more: Any) -> Watched:
+        made.append(Watched(tmp_path, *arguments, address=address, **more))
         return made[-1]
 
     yield make
@@ -126,7 +142,7 @@ async def test_a_stranger_on_the_port_is_not_taken_for_the_engine(watch: Watch, 
     address = Address(port=free_port())
     watched = watch("--gate", str(gate), "--port", str(address.port), address=address)
     await watched.minder.start()
-    ready = asyncio.create_task(watched.minder.wait_ready(60, poll=0.01))
+    ready = asyncio.create_task(watched.minder.wait_ready(60))
     await watched.line("waiting at the gate")
     asked = asyncio.Queue[None]()
 
@@ -160,10 +176,10 @@ async def test_a_unix_socket_is_waited_for_like_a_port(watch: Watch, tmp_path: P
 async def test_what_the_engine_writes_goes_to_the_log_and_the_owner(watch: Watch) -> None:
     watched = watch("--say", "one", "--say", "two", "--crash", "three")
     await watched.minder.start()
-    ended = await watched.minder.wait()
+    await watched.minder.wait()
     assert watched.lines == ["one", "two", "three"]
     assert watched.minder.log_path.read_text() == "one\ntwo\nthree\n"
-    assert ended.last_lines == ("one", "two", "three")
+    assert watched.ended.cause == "three"
 
 
 async def test_stages_of_loading_are_told_once_each(watch: Watch) -> None:
@@ -199,9 +215,10 @@ async def test_an_engine_that_is_not_there_is_named(tmp_path: Path) -> None:
     log_path = tmp_path / "engine.log"
     minder = Minder("fake", [missing], environment={}, address=Address(port=free_port()), log_path=log_path)
     await minder.start()
-    with pytest.raises(MinderError, match=f"{missing} cannot be started: No such file or directory"):
+    with pytest.raises(MinderError, match=f"^{missing} cannot be started: No such file or directory"):
         await minder.wait_ready(60)
     await minder.stop()
+    assert log_path.read_text() == f"{missing} cannot be started: No such file or directory\n"
 
 
 async def test_slow_loading_ends_the_wait_but_not_the_engine(watch: Watch, gate: Path) -> None:
@@ -263,10 +280,11 @@ async def test_a_stubborn_engine_is_killed_with_all_it_started(watch: Watch, gat
     child = int((await watched.line(r"child (\d+)")).group(1))
     await watched.line("waiting at the gate")
     assert watched.minder.engine_pid is not None
+    pid = watched.minder.engine_pid
     ended = await watched.minder.stop(0.1)
     assert ended is not None
     assert ended.code == -signal.SIGKILL
-    assert_gone(watched.minder.engine_pid, child)
+    assert_gone(pid, child)
 
 
 async def test_asked_again_the_shorter_wait_counts(watch: Watch, gate: Path) -> None:
@@ -283,8 +301,8 @@ async def test_what_a_dead_engine_left_running_is_ended(watch: Watch, gate: Path
     """An engine's own crash leaves workers that hold its memory and its device."""
     watched = watch("--child", "--crash", "RuntimeError: out of luck")
     await watched.minder.start()
-    ended = await watched.minder.wait()
-    assert (ended.code, ended.asked) == (3, False)
+    await watched.minder.wait()
+    assert (watched.ended.code, watched.ended.asked) == (3, False)
     assert_gone(int((await watched.line(r"child (\d+)")).group(1)))
 
 
@@ -294,9 +312,8 @@ async def test_a_killed_engine_is_told_by_its_signal(watch: Watch, gate: Path) -
     await watched.line("waiting at the gate")
     assert watched.minder.engine_pid is not None
     os.kill(watched.minder.engine_pid, signal.SIGKILL)
-    ended = await watched.minder.wait()
-    assert ended.code == -signal.SIGKILL
-    assert "killed by SIGKILL, often for lack of memory" in str(ended)
+    assert "killed by SIGKILL, often for lack of memory" in await watched.minder.wait()
+    assert watched.ended.code == -signal.SIGKILL
 
 
 async def test_the_engine_is_out_of_reach_of_ctrl_c(watch: Watch, gate: Path) -> None:
@@ -316,6 +333,7 @@ def test_no_process_is_left_when_the_owner_is_killed(tmp_path: Path, gate: Path)
         "-m",
         "tests.engines.owner",
         str(tmp_path / "log"),
+        str(tmp_path / "engine.sock"),
         *FAKE,
         "--child",
         "--gate",
@@ -323,25 +341,28 @@ def test_no_process_is_left_when_the_owner_is_killed(tmp_path: Path, gate: Path)
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
-        child = int(owner.stdout.readline().removeprefix("child "))
-        assert owner.stdout.readline() == "waiting at the gate\n"
-        pids = [int(pid) for pid in re.findall(r"\d+", owner.stdout.readline())]
-        assert len(pids) == 2
-        assert all(psutil.pid_exists(pid) for pid in (child, *pids))
+        said = [owner.stdout.readline() for _ in range(3)]
+        assert "waiting at the gate\n" in said
+        # The child, the agent and the engine, in whichever order they were told.
+        pids = [int(pid) for line in said for pid in re.findall(r"\d+", line)]
+        assert len(pids) == 3
+        assert all(psutil.pid_exists(pid) for pid in pids)
         owner.kill()
-    assert_gone(child, *pids)
+    assert_gone(*pids)
 
 
-async def test_the_engine_ends_when_its_supervisor_is_killed(watch: Watch, gate: Path) -> None:
-    """A supervisor that is no more cannot end anything: the kernel and the owner do it."""
+async def test_the_engine_ends_when_its_agent_is_killed(watch: Watch, gate: Path) -> None:
+    """An agent that is no more cannot end anything: the kernel and the owner do it."""
     watched = watch("--gate", str(gate))
     await watched.minder.start()
     await watched.line("waiting at the gate")
-    assert watched.minder._supervisor is not None and watched.minder.engine_pid is not None
-    watched.minder._supervisor.kill()
-    ended = await asyncio.wait_for(watched.minder.wait(), GONE_WITHIN)
-    assert (ended.code, ended.asked) == (-signal.SIGKILL, False)
-    assert_gone(watched.minder.engine_pid)
+    assert watched.minder.agent_pid is not None and watched.minder.engine_pid is not None
+    pid = watched.minder.engine_pid
+    os.kill(watched.minder.agent_pid, signal.SIGKILL)
+    assert await asyncio.wait_for(watched.minder.wait(), GONE_WITHIN) == "fake ended: its minder was killed"
+    assert (watched.ended.code, watched.ended.asked) == (-signal.SIGKILL, False)
+    assert_gone(pid)
+    assert not watched.minder.control.exists()
 
 
 def test_a_full_log_is_put_aside(tmp_path: Path) -> None:
@@ -377,9 +398,8 @@ def test_the_minder_runs_without_anything_installed() -> None:
 
 
 def test_an_end_without_a_word_is_told_as_such() -> None:
-    assert (
-        str(Exit("vllm", 0, 33.4, (), asked=False)) == "vllm ended by itself after 33 s (exit code 0): it wrote nothing"
-    )
+    ended = Exit("vllm", 0, 33.4, cause_of(()), asked=False)
+    assert str(ended) == "vllm ended by itself after 33 s (exit code 0): it wrote nothing"
 
 
 @pytest.mark.parametrize(
@@ -415,5 +435,5 @@ def test_an_end_without_a_word_is_told_as_such() -> None:
 )
 def test_the_cause_is_the_error_that_points_to_no_other(lines: list[str], cause: str) -> None:
     """As vLLM's logs read when it fails in a worker, in its arguments, on its port."""
-    ended = Exit("vllm", 1, 20.2, tuple(lines), asked=False)
+    ended = Exit("vllm", 1, 20.2, cause_of(lines), asked=False)
     assert str(ended) == f"vllm ended by itself after 20 s (exit code 1): {cause}"

@@ -29,7 +29,8 @@ import pytest
 from engines.devices import Device
 from engines.environments import EngineEnvironment, ensure_environment, recipe_for
 from engines.launch import LaunchSpec, process_environment
-from engines.minder import Address, Minder
+from engines.minder import Address, RestartPolicy
+from engines.minding import Minder
 from engines.models import ModelFiles, prepare_model
 from engines.protocol import EngineLoad
 from engines.registry import ENGINES
@@ -49,6 +50,8 @@ FREE_WITHIN = 60.0
 """Seconds after which an engine that works for nobody fails the test; see ``engines.conformance.FREED_WITHIN``."""
 LOOK = 0.05
 """Seconds between two looks at an engine's figures."""
+STAYS_DEAD = RestartPolicy(never_ready=1, storm=1)
+"""What a test kills is not started again behind its back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,7 @@ def running(kind: str, *extra_args: str, **changes: Any) -> Iterator[RealEngine]
         log_path=data_directory() / "logs" / f"test-{spec.address.port}.log",
         ready_path=engine.ready_path,
         phases=engine.loading_phases,
+        policy=STAYS_DEAD,
         on_phase=functools.partial(_tell_phase, kind),
     )
     with _event_loop() as loop:
@@ -216,10 +220,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def vllm_engine(served: Served) -> RealEngine:
     """The engine of the session's ``forebay serve``, spoken to past the gateway that stands in front of it."""
-    supervisor = next(process for process in served.family() if "minder.py" in " ".join(process.cmdline()))
-    leader = supervisor.children()[0]
-    arguments = leader.cmdline()
-    said = dict(itertools.pairwise(arguments))
+    leader = engine_leader(served)
+    said = dict(itertools.pairwise(leader.cmdline()))
     return RealEngine(
         kind="vllm",
         url=f"unix:{said['--uds']}",
@@ -228,6 +230,14 @@ def vllm_engine(served: Served) -> RealEngine:
         log_path=data_directory() / "logs" / "local.log",
         start_seconds=served.start_seconds,
     )
+
+
+def engine_leader(served: Served) -> psutil.Process:
+    """Return the engine's first process: below the agent, which is below its keeper."""
+    keeper = next(process for process in served.family() if "minder.py" in " ".join(process.cmdline()))
+    [agent] = keeper.children()
+    [leader] = agent.children()
+    return leader
 
 
 @contextmanager
