@@ -43,11 +43,11 @@ check: $(STAMP) ## Formatter, linter, strict types and import contracts
 
 .PHONY: test-fast
 test-fast: $(STAMP) ## The suite without the real engine
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real_engine and not all_engines"
+	@$(BIN)/python -m pytest -n 3 --dist worksteal -m "not real_engine and not all_engines"
 
 .PHONY: test
 test: check ## Everything: checks and the whole suite, the real engine included
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real_engine and not all_engines"
+	@$(BIN)/python -m pytest -n 3 --dist worksteal -m "not real_engine and not all_engines"
 	@$(BIN)/python -m pytest -m real_engine
 
 .PHONY: test-engines

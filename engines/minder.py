@@ -586,9 +586,10 @@ class _Tree:
     Its parent must be a subreaper, and call ``reap`` on SIGCHLD. OSError when the command cannot be started.
     """
 
-    def __init__(self, command: Sequence[str], on_output: Callable[[bytes], None]) -> None:
+    def __init__(self, command: Sequence[str], settle: float, on_output: Callable[[bytes], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_output = on_output
+        self._settle = settle
         self._code: int | None = None
         self._began = self._loop.time()
         self.seconds = 0.0
@@ -652,7 +653,7 @@ class _Tree:
             if pid == self._leader.pid:
                 self._code = self._leader.returncode = os.waitstatus_to_exitcode(status)
                 self.seconds = self._loop.time() - self._began
-                self._timers.append(self._loop.call_later(SETTLE, self._kill_rest))
+                self._timers.append(self._loop.call_later(self._settle, self._kill_rest))
 
     def _kill_rest(self) -> None:
         """A killed process hands its children to this one, so it takes several rounds to get them all."""
@@ -795,7 +796,7 @@ class Plan:
     ``address`` None: the engine counts as serving as soon as it runs. ``stay``: when the engine is given up, remain to
     be asked about it. ``drain`` and ``grace`` are for the agent's own SIGTERM. ``dead_after``: an engine whose ready
     path says for so long that it does not work is ended and started again (0: never); no answer at all is no sign of
-    that, an engine may be busy.
+    that, an engine may be busy. ``settle``: what the engine's other processes get to end by themselves.
     """
 
     name: str
@@ -812,6 +813,7 @@ class Plan:
     drain: float = 30.0
     grace: float = 30.0
     dead_after: float = 30.0
+    settle: float = SETTLE
 
 
 class _Feed:
@@ -939,7 +941,7 @@ class Agent:
         try:
             if plan.address is not None:
                 claim(plan.name, plan.address)
-            tree = self._tree = _Tree(self.command, self._take_output)
+            tree = self._tree = _Tree(self.command, self.plan.settle, self._take_output)
         except AddressError as error:
             self._take_output(f"{error}\n".encode())
             return _CANNOT_START, 0.0, str(error)
@@ -1504,6 +1506,9 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_run)
     for one in (once, run):
         one.add_argument("--log", type=Path, required=True, help="file to which the command's output is appended")
+        one.add_argument(
+            "--settle", type=float, default=SETTLE, help="seconds for the other processes to end too (%(default)s)"
+        )
         one.add_argument("--owner", type=int, help="descriptor of a socket; the command ends when its other end closes")
         one.add_argument("command", nargs="+", help="after --: the command and its arguments")
     run.add_argument("--name", required=True, help="what the engine is called in messages")
@@ -1581,7 +1586,7 @@ async def _once(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stop)
     try:
-        tree = _Tree(options.command, take)
+        tree = _Tree(options.command, options.settle, take)
     except (OSError, subprocess.SubprocessError) as error:
         take(f"{options.command[0]} cannot be started: {getattr(error, 'strerror', None) or error}\n".encode())
         forward.finish()
@@ -1612,6 +1617,7 @@ async def _run(options: argparse.Namespace) -> int:
         drain=options.drain,
         grace=options.grace,
         dead_after=options.dead_after,
+        settle=options.settle,
     )
     listener, path = _listen(options.name, options.control, token)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -172,8 +172,9 @@ class Minder:
 
     ``control`` is the path of the agent's Unix socket; beside the log when None. ``mark`` stands for what beside the
     command decides whether a kept engine still runs as wanted. ``keep``: the engine outlives its owner, and one that
-    was kept before is taken over if it runs as wanted. ``before_traffic`` runs after each start, between the moment the
-    engine is ready and the one it is routed to; if it fails it is tried again, without traffic.
+    was kept before is taken over if it runs as wanted. ``settle``: seconds that whatever else an engine started gets to
+    end after the engine has. ``before_traffic`` runs after each start, between the moment the engine is ready and the
+    one it is routed to; if it fails it is tried again, without traffic.
     """
 
     def __init__(
@@ -189,6 +190,7 @@ class Minder:
         phases: Sequence[Phase] = (),
         policy: RestartPolicy = PERSONS,
         keep: bool = False,
+        settle: float = SETTLE,
         mark: str = "",
         before_traffic: BeforeTraffic | None = None,
         on_line: Callable[[str], None] | None = None,
@@ -209,6 +211,7 @@ class Minder:
         self._ready_path = ready_path
         self._phases = tuple(phases)
         self._policy = policy
+        self._settle = settle
         self._mark = mark
         self._before_traffic = before_traffic
         self._watching = Watching(on_line, on_phase, on_trouble)
@@ -290,7 +293,7 @@ class Minder:
     async def _until_left(self) -> None:
         """Wait until the agent that is ending has left its address."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + ORPHAN_GRACE + SETTLE + GIVE_UP + 1
+        until = loop.time() + ORPHAN_GRACE + self._settle + GIVE_UP + 1
         while self.control.exists() and loop.time() < until:  # noqa: ASYNC110 - another process is waited for
             await asyncio.sleep(0.05)
 
@@ -337,6 +340,7 @@ class Minder:
     def _agent_command(self, control: int, owner: int | None) -> list[str]:
         said = ["--name", self.name, "--control", f"fd:{control}", "--log", str(self.log_path), "--quiet", "--stay"]
         said += ["--ready-path", self._ready_path, "--mark", self._mark, "--drain", "0", "--grace", str(ORPHAN_GRACE)]
+        said += ["--settle", str(self._settle)]
         said += ["--address", str(self.address)]
         said += ["--keep"] if owner is None else ["--owner", str(owner)]
         said += ["--gated"] if self._before_traffic is not None else []
@@ -478,7 +482,7 @@ class Minder:
             with contextlib.suppress(MinderError):
                 await self._client.call("POST", "/stop", grace=grace, leave=True)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace + SETTLE + GIVE_UP + 2):
+                async with asyncio.timeout(grace + self._settle + GIVE_UP + 2):
                     await self._until(lambda _: False)
         await self._let_go(kill=True)
         return self.state.last_exit if self.state is not None else None

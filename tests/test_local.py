@@ -84,6 +84,7 @@ class House:
                 log_path=self.directory / f"{name}.log",
                 policy=policy,
                 keep=keep,
+                settle=0.1,
                 on_trouble=self.display.say,
             )
         )

@@ -22,6 +22,7 @@ async def own(log_path: Path, engine_socket: Path, command: list[str], keep: boo
         address=Address(unix=engine_socket),
         log_path=log_path,
         keep=keep,
+        settle=0.1,
         on_line=lambda line: print(line, flush=True),
     )
     await minder.start()

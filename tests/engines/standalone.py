@@ -22,6 +22,8 @@ from tests.support.sockets import free_port
 
 PROGRAM = [sys.executable, "-I", "-S", str(Path(minder_module.__file__))]
 TOKEN = "a-token-of-some-length"
+SETTLE = 0.1
+"""Seconds that what an engine leaves behind gets to end by itself."""
 QUICK = ("--restart", "first=0.01")
 
 
@@ -34,6 +36,7 @@ class Standalone:
         self.log = folder / "engine.log"
         self.command = [*FAKE, "--unix", str(folder / "engine.sock"), *engine]
         said = ["--name", "fake", "--control", self.control, "--log", str(self.log), "--address", self.engine_address]
+        said += ["--settle", str(SETTLE)]
         self.process = subprocess.Popen(
             [*PROGRAM, "run", *said, *arguments, "--", *self.command],
             stdout=subprocess.PIPE,

@@ -20,7 +20,7 @@ import pytest
 
 from engines.minder import FAILED, SERVING, WAITING, Address, State
 from engines.minding import Minder
-from tests.engines.standalone import QUICK, Standalone, Start
+from tests.engines.standalone import QUICK, SETTLE, Standalone, Start
 from tests.engines.test_minder import FAKE, GONE_WITHIN, assert_gone
 from tests.support.sockets import bind_free
 
@@ -181,6 +181,7 @@ async def test_told_to_keep_it_the_next_owner_takes_the_engine_over(tmp_path: Pa
         address=Address(unix=tmp_path / "engine.sock"),
         log_path=tmp_path / "log",
         keep=True,
+        settle=SETTLE,
     )
     await heir.start()
     await heir.wait_ready(GONE_WITHIN)

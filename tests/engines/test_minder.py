@@ -54,6 +54,7 @@ class Watched:
             log_path=tmp_path / "logs" / "fake.log",
             phases=phases,
             policy=policy,
+            settle=0.1,
             on_line=self._take,
             on_phase=lambda *told: self.phases.append(told),
         )
