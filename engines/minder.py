@@ -66,6 +66,7 @@ _PENDING_LIMIT = 1024 * 1024
 _LINE_LIMIT = 64 * 1024
 _KEPT_LINES = 1000
 _KEPT_LINE = 4096
+_MOST_DIGITS = 19
 _SIGNAL_BASE = 128
 _CANNOT_START = 127
 _PR_SET_PDEATHSIG = 1
@@ -128,7 +129,7 @@ class Exit:
 
     def __str__(self) -> str:
         """Say it in one line."""
-        how = f"killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
+        how = f"killed by {_signal_name(-self.code)}" if self.code < 0 else f"exit code {self.code}"
         if self.asked:
             return f"{self.name} stopped ({how})"
         if self.code == _CANNOT_START and not self.seconds:
@@ -136,6 +137,13 @@ class Exit:
         if self.code == -signal.SIGKILL:
             how += ", often for lack of memory"
         return f"{self.name} ended by itself after {self.seconds:.0f} s ({how}): {self.cause}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return f"signal {number}"
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,9 @@ def arguments_digest(command: Sequence[str], mark: str) -> str:
 
 
 _ERROR = re.compile(
-    r"(?<![\w.])(?:[\w.]*(?:Error|Exception)|error): .+|\b(?:MemoryError|KeyboardInterrupt)$|\S+ cannot be started: .+"
+    r"(?<![\w.])(?:[\w.]*(?:Error|Exception)|error): .+|\b(?:MemoryError|KeyboardInterrupt)$"
+    # From the beginning of a word only: from each of its letters a long one would take hours.
+    r"|(?<!\S)\S+ cannot be started: .+"
 )
 _MEANT_ELSEWHERE = re.compile(r"root cause|see (the )?stack trace|\bWARNING\b", re.IGNORECASE)
 _CAUSE_LIMIT = 300
@@ -201,8 +211,12 @@ def cause_of(lines: Sequence[str]) -> str:
             continue
         following = lines[index + 1] if index + 1 < len(lines) else ""
         text = error.group() + (f" {following.strip()}" if following.startswith("  ") else "")
-        return text if len(text) <= _CAUSE_LIMIT else text[:_CAUSE_LIMIT] + "..."
-    return lines[-1] if lines else "it wrote nothing"
+        return _shortened(text)
+    return _shortened(lines[-1]) if lines else "it wrote nothing"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _CAUSE_LIMIT else text[:_CAUSE_LIMIT] + "..."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,11 +523,20 @@ class _Log:
     def write(self, data: bytes) -> None:
         """Append; a full disk loses log lines, never the engine."""
         if self._size + len(data) > self._limit:
-            self._file.close()
-            self._path.replace(self._path.with_name(self._path.name + ".1"))
-            self._open()
+            self._begin_anew()
         with contextlib.suppress(OSError):
             self._size += self._file.write(data) or 0
+
+    def _begin_anew(self) -> None:
+        """Put the full file aside. Somebody may have moved or removed it, or its directory: then lines go on to a new
+        one, or to the one that is open, and it is tried again after as many bytes."""
+        self._size = 0
+        with contextlib.suppress(OSError):
+            self._path.replace(self._path.with_name(self._path.name + ".1"))
+        full = self._file
+        with contextlib.suppress(OSError):
+            self._open()
+            full.close()
 
     def close(self) -> None:
         self._file.close()
@@ -945,7 +968,8 @@ class Agent:
         except AddressError as error:
             self._take_output(f"{error}\n".encode())
             return _CANNOT_START, 0.0, str(error)
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            # ValueError: an argument that no program can be given.
             why = f"{self.command[0]} cannot be started: {getattr(error, 'strerror', None) or error}"
             self._take_output(f"{why}\n".encode())
             return _CANNOT_START, 0.0, why
@@ -993,7 +1017,7 @@ class Agent:
 
     def _take_lines(self, lines: Sequence[str]) -> None:
         for line in lines:
-            self._run_lines.append(line)
+            self._run_lines.append(line[:_KEPT_LINE])
             self.last_lines.append(line[:_KEPT_LINE])
             self._publish({"line": line}, lines=True)
             if self.state.phase == STARTING:
@@ -1138,7 +1162,8 @@ class Agent:
 
 
 def _count(text: str | None) -> int | None:
-    return int(text) if text is not None else None
+    """Return a count as a log tells it; None for what is none, or is longer than any."""
+    return int(text) if text is not None and text.isdecimal() and len(text) < _MOST_DIGITS else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1195,6 +1220,19 @@ class _Request:
         return tree
 
 
+def _is_argument(text: str) -> bool:
+    """Tell whether a program can be given a text; half of a surrogate pair cannot be encoded."""
+    try:
+        return "\0" not in text and bool(os.fsencode(text) or not text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_number(text: str) -> bool:
+    # Digits of other scripts are digits to Python, and some of them no numbers.
+    return text.isascii() and text.isdigit()
+
+
 def _seconds(tree: Mapping[str, Any], name: str, default: float) -> float:
     value = tree.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_WAIT:
@@ -1225,12 +1263,15 @@ async def _read_request(reader: asyncio.StreamReader, allowed: Callable[[Mapping
             headers[name.strip().lower()] = value.strip()
     if not allowed(headers):
         raise _Refused(401, "send the token as 'Authorization: Bearer TOKEN'")
-    target = urlsplit(words[1])
+    try:
+        target = urlsplit(words[1])
+    except ValueError:
+        raise _Refused(400, "the request's target cannot be read") from None
     request = _Request(words[0], target.path, dict(parse_qsl(target.query)), headers)
     if "transfer-encoding" in headers:
         raise _Refused(400, "send the body with a content-length")
     length = headers.get("content-length", "0")
-    if not length.isdigit():
+    if not _is_number(length):
         raise _Refused(400, "content-length should be a number")
     if len(length) > 9 or int(length) > _BODY_LIMIT:
         raise _Refused(413, f"the body has more than {_BODY_LIMIT} bytes")
@@ -1371,7 +1412,7 @@ class Control:
 
     def _arguments(self, request: _Request) -> dict[str, Any]:
         given = request.fields("arguments").get("arguments")
-        if not isinstance(given, list) or not all(isinstance(one, str) and "\0" not in one for one in given):
+        if not isinstance(given, list) or not all(isinstance(one, str) and _is_argument(one) for one in given):
             raise _Refused(400, "arguments should be a list of texts, all that follows the program's name")
         if len(given) > _MOST_ARGUMENTS:
             raise _Refused(413, f"more than {_MOST_ARGUMENTS} arguments")
@@ -1387,7 +1428,7 @@ class Control:
 
     def _logs(self, request: _Request) -> tuple[str, AsyncIterator[bytes]]:
         wanted = request.query.get("lines", "100")
-        if not wanted.isdigit() or len(wanted) > 9:
+        if not _is_number(wanted) or len(wanted) > 9:
             raise _Refused(400, "lines should be a number")
         return "text/plain; charset=utf-8", self._log_lines(int(wanted), request.query.get("follow") == "1")
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,21 @@ def test_a_full_log_is_put_aside(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "engine.log").stat().st_mode & 0o077 == 0
 
 
+def test_a_log_that_somebody_took_away_never_stops_the_engine(tmp_path: Path) -> None:
+    """The file, then its directory too: nothing is raised, and lines go where they can."""
+    path = tmp_path / "logs" / "engine.log"
+    log = minder_module._Log(path, limit=10)
+    log.write(b"12345678\n")
+    path.unlink()
+    log.write(b"a new one\n")
+    assert path.read_bytes() == b"a new one\n"
+    path.parent.rename(tmp_path / "elsewhere")
+    for _ in range(3):
+        log.write(b"and on\n")
+    assert (tmp_path / "elsewhere" / "engine.log").read_bytes() == b"a new one\n" + b"and on\n" * 3
+    log.close()
+
+
 @given(st.lists(st.binary()))
 def test_lines_do_not_depend_on_how_reads_cut_them(pieces: list[bytes]) -> None:
     whole, cut = Lines(), Lines()
@@ -438,3 +454,14 @@ def test_the_cause_is_the_error_that_points_to_no_other(lines: list[str], cause:
     """As vLLM's logs read when it fails in a worker, in its arguments, on its port."""
     ended = Exit("vllm", 1, 20.2, cause_of(lines), asked=False)
     assert str(ended) == f"vllm ended by itself after 20 s (exit code 1): {cause}"
+
+
+def test_the_cause_of_a_long_word_is_found_at_once() -> None:
+    """An engine may dump megabytes without a space before it ends; its agent must stay there for its owner."""
+    began = time.process_time()
+    assert cause_of(["x" * 65536] * 8).startswith("xxx")
+    assert time.process_time() - began < 2
+
+
+def test_a_signal_without_a_name_is_told_by_its_number() -> None:
+    assert "(killed by signal 40)" in str(Exit("vllm", -40, 20.2, "it wrote nothing", asked=False))
