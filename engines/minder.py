@@ -351,18 +351,31 @@ def _claim_unix(name: str, path: Path) -> None:
             f"{name} cannot listen on {path}: the path of a Unix socket has at most {_UNIX_PATH_LIMIT} bytes;"
             " name a shorter one"
         )
+    try:
+        if not listens(path):
+            if path.exists() and not path.is_socket():
+                raise AddressError(f"{name} cannot listen on {path}: it is no socket; remove it or name another path")
+            path.unlink(missing_ok=True)
+            return
+    except OSError as error:
+        raise AddressError(
+            f"{name} cannot listen on {path}: {_reason(error)}; remove it or name another path"
+        ) from error
+    raise AddressError(f"{name} cannot listen on {path}: another program does; stop it or name another path")
+
+
+def listens(path: Path) -> bool:
+    """Tell whether somebody listens on a Unix socket. OSError when that cannot be known."""
     with socket.socket(socket.AF_UNIX) as visitor:
+        # Without waiting: the queue of a program that hangs may be full.
+        visitor.setblocking(False)
         try:
             visitor.connect(str(path))
-        except OSError:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise AddressError(
-                    f"{name} cannot listen on {path}: {_reason(error)}; remove it or name another path"
-                ) from error
-            return
-    raise AddressError(f"{name} cannot listen on {path}: another program does; stop it or name another path")
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except BlockingIOError:
+            return True
+    return True
 
 
 def listen_unix(name: str, path: Path) -> socket.socket:
@@ -847,12 +860,16 @@ class _Feed:
         self.lines = lines
         self.follower = follower
         self.drained = False
+        self._over = False
         self._queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(1024)
 
     def put(self, item: dict[str, Any] | None) -> None:
+        if self._over:
+            return
         try:
             self._queue.put_nowait(item)
         except asyncio.QueueFull:
+            self._over = True
             self._queue = asyncio.Queue()
             self._queue.put_nowait(None)
 
@@ -878,6 +895,8 @@ class Agent:
         self._dead: str | None = None
         self._wanted = True
         self._leaving = False
+        self._bound_to_leave = False
+        self._released = 0
         self._told = asyncio.Event()
         self._drained = asyncio.Event()
         self._listened = asyncio.Event()
@@ -1072,11 +1091,18 @@ class Agent:
         """Act on the owner's death."""
         self._set(owned=False)
         if not self.plan.keep:
-            self.stop(ORPHAN_GRACE, leave=True)
+            self.leave(ORPHAN_GRACE)
 
-    def start(self) -> None:
-        """Have it run: again after an end, and back from a drain."""
-        self._wanted = True
+    def leave(self, grace: float, drain: float = 0.0) -> None:
+        """End the engine in order and go, whatever is said later: the owner is dead, or a signal came."""
+        self._bound_to_leave = True
+        self.stop(grace, drain, leave=True)
+
+    def start(self) -> bool:
+        """Have it run: again after an end, and back from a drain. False when it is bound to leave."""
+        if self._bound_to_leave:
+            return False
+        self._wanted, self._leaving = True, False
         if self._tree is None:
             self._history = History(ever_ready=self._history.ever_ready)
             self._told.set()
@@ -1084,12 +1110,15 @@ class Agent:
             if self._taking_down is not None:
                 self._taking_down.cancel()
                 self._taking_down = None
-            self._set(phase=SERVING, drained=False)
+            released = not self.plan.gated or self._released == self.state.starts
+            self._set(phase=SERVING if released else READY, drained=False)
+        return True
 
     def release(self, starts: int) -> bool:
         """Open the run number ``starts`` to traffic, after whatever its owner had to do. False when it is another."""
         if starts != self.state.starts or self.state.phase not in (READY, SERVING):
             return False
+        self._released = starts
         if self.state.phase == READY:
             self._set(phase=SERVING)
         return True
@@ -1123,11 +1152,14 @@ class Agent:
             if not self.state.drained:
                 self._set(drained=True)
 
-    def restart(self, grace: float, drain: float = 0.0) -> None:
-        """End it in order and start it anew; what happened before is forgotten."""
-        self._wanted = True
+    def restart(self, grace: float, drain: float = 0.0) -> bool:
+        """End it in order and start it anew; what happened before is forgotten. False when it is bound to leave."""
+        if self._bound_to_leave:
+            return False
+        self._wanted, self._leaving = True, False
         self._history = History(ever_ready=self._history.ever_ready)
         self._take_down(drain, grace)
+        return True
 
     def stop(self, grace: float, drain: float = 0.0, *, leave: bool = False) -> None:
         """End it in order; ``leave``: and this agent too."""
@@ -1178,6 +1210,8 @@ _HEARTBEAT = 15.0
 _MOST_CONNECTIONS = 64
 _MIN_TOKEN = 16
 _MOST_ARGUMENTS = 4096
+
+_LEAVES = "this agent is about to leave, with its engine: its owner is gone, or it was sent a signal"
 
 _REASONS = {
     200: "OK",
@@ -1333,7 +1367,9 @@ class Control:
             self._tasks.discard(task)
             writer.close()
             with contextlib.suppress(OSError, asyncio.CancelledError):
-                await writer.wait_closed()
+                await _within(writer.wait_closed(), _WRITE_WITHIN)
+            # What a listener that reads nothing has not taken would keep its connection open.
+            writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -1379,12 +1415,13 @@ class Control:
 
     def _start(self, request: _Request) -> dict[str, Any]:
         request.fields()
-        self._agent.start()
+        if not self._agent.start():
+            raise _Refused(409, _LEAVES)
         return asdict(self._agent.state)
 
     def _release(self, request: _Request) -> dict[str, Any]:
         starts = request.fields("starts").get("starts")
-        if not isinstance(starts, int) or not self._agent.release(starts):
+        if isinstance(starts, bool) or not isinstance(starts, int) or not self._agent.release(starts):
             state = self._agent.state
             raise _Refused(409, f"{state.name} is {state.phase} in its start number {state.starts}")
         return asdict(self._agent.state)
@@ -1401,7 +1438,9 @@ class Control:
 
     def _restart(self, request: _Request) -> dict[str, Any]:
         tree = request.fields("drain", "grace")
-        self._agent.restart(_seconds(tree, "grace", self._agent.plan.grace), _seconds(tree, "drain", 0.0))
+        grace, drain = _seconds(tree, "grace", self._agent.plan.grace), _seconds(tree, "drain", 0.0)
+        if not self._agent.restart(grace, drain):
+            raise _Refused(409, _LEAVES)
         return asdict(self._agent.state)
 
     def _stop(self, request: _Request) -> dict[str, Any]:
@@ -1688,7 +1727,7 @@ def _obey_signals(agent: Agent) -> None:
         # The second one waits no longer than it must.
         seen.append(None)
         plan = agent.plan
-        agent.stop(plan.grace if len(seen) == 1 else 0.0, plan.drain if len(seen) == 1 else 0.0, leave=True)
+        agent.leave(plan.grace if len(seen) == 1 else 0.0, plan.drain if len(seen) == 1 else 0.0)
 
     loop.add_signal_handler(signal.SIGCHLD, agent.reap)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -136,6 +136,41 @@ async def test_a_drain_is_undone_by_start(start: Start) -> None:
     assert (again.phase, again.pid) == (SERVING, first.pid)
 
 
+async def test_a_stop_that_was_taken_back_is_forgotten(start: Start) -> None:
+    """Told to stop and leave, and while it drains to go on: its engine is then minded as before."""
+    agent = start(*QUICK)
+    first = await agent.until(SERVING)
+    assert first.pid is not None
+    assert (await agent.client.call("POST", "/stop", drain=3600, leave=True)).phase == DRAINING
+    assert (await agent.client.call("POST", "/start")).phase == SERVING
+    os.kill(first.pid, signal.SIGKILL)
+    assert (await agent.until(SERVING, starts=2)).restarts == 1
+
+
+async def test_nobody_takes_back_a_signal(start: Start) -> None:
+    """Nor an owner's death: an engine that goes on then is nobody's."""
+    agent = start("--drain", "3600")
+    await agent.until(SERVING)
+    agent.process.send_signal(signal.SIGTERM)
+    await agent.until(DRAINING)
+    for call in ("/start", "/restart"):
+        with pytest.raises(MinderError, match="refused: this agent is about to leave"):
+            await agent.client.call("POST", call)
+    await agent.client.call("POST", "/stop", grace=10)
+    assert agent.wait() == 0
+
+
+async def test_a_drain_that_is_undone_opens_no_gate(start: Start) -> None:
+    """What has to be done before traffic was not done yet."""
+    agent = start("--gated")
+    await agent.until(READY)
+    await agent.client.call("POST", "/drain")
+    assert (await agent.client.call("POST", "/start")).phase == READY
+    await agent.client.call("POST", "/release", starts=1)
+    await agent.client.call("POST", "/drain")
+    assert (await agent.client.call("POST", "/start")).phase == SERVING
+
+
 async def test_its_log_is_shown_and_followed(start: Start) -> None:
     agent = start(engine=("--say", "one", "--say", "two"))
     await agent.until(SERVING)

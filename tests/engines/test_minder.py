@@ -259,8 +259,22 @@ async def test_a_unix_socket_that_cannot_be_made_is_refused(watch: Watch, tmp_pa
     with pytest.raises(MinderError, match="the path of a Unix socket has at most 107 bytes; name a shorter one"):
         await watch(address=Address(unix=tmp_path / ("x" * 108))).minder.start()
     (tmp_path / "directory").mkdir()
-    with pytest.raises(MinderError, match=r"directory: is a directory; remove it or name another path"):
-        await watch(address=Address(unix=tmp_path / "directory")).minder.start()
+    (tmp_path / "file").write_text("somebody's")
+    for name in ("directory", "file"):
+        with pytest.raises(MinderError, match=f"{name}: it is no socket; remove it or name another path"):
+            await watch(address=Address(unix=tmp_path / name)).minder.start()
+    assert (tmp_path / "file").read_text() == "somebody's"
+
+
+async def test_a_program_that_hangs_is_not_waited_for(watch: Watch, tmp_path: Path) -> None:
+    """It accepts nobody: its queue is full, and whoever waited to get in would wait for ever."""
+    path = tmp_path / "engine.sock"
+    with socket.socket(socket.AF_UNIX) as stranger, socket.socket(socket.AF_UNIX) as queued:
+        stranger.bind(str(path))
+        stranger.listen(0)
+        queued.connect(str(path))
+        with pytest.raises(MinderError, match=r"engine.sock: another program does; stop it or name another path"):
+            await watch(address=Address(unix=path)).minder.start()
 
 
 async def test_an_obedient_engine_ends_on_sigterm(watch: Watch, gate: Path) -> None:
@@ -465,3 +479,11 @@ def test_the_cause_of_a_long_word_is_found_at_once() -> None:
 
 def test_a_signal_without_a_name_is_told_by_its_number() -> None:
     assert "(killed by signal 40)" in str(Exit("vllm", -40, 20.2, "it wrote nothing", asked=False))
+
+
+async def test_who_listens_too_slowly_is_let_go_and_takes_no_memory() -> None:
+    feed = minder_module._Feed(states=False, lines=True)
+    for number in range(3000):
+        feed.put({"line": str(number)})
+    assert await feed.get() is None
+    assert feed._queue.empty()
