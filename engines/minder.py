@@ -62,6 +62,8 @@ FIRST_LISTENER = 5.0
 MAX_WAIT = 3600.0
 """Seconds: the most that a drain or a stop may be told to wait."""
 
+_T = TypeVar("_T")
+
 _PENDING_LIMIT = 1024 * 1024
 _LINE_LIMIT = 64 * 1024
 _KEPT_LINES = 1000
@@ -178,15 +180,40 @@ class State:
 
 def read_state(tree: Mapping[str, Any]) -> State:
     """Return the state that JSON tells; what a newer agent adds is passed over. ValueError when it tells none."""
-    known = {one.name: tree[one.name] for one in fields(State) if one.name in tree}
     try:
-        if known.get("progress") is not None:
-            known["progress"] = Progress(**known["progress"])
-        if known.get("last_exit") is not None:
-            known["last_exit"] = Exit(**known["last_exit"])
-        return State(**known)
+        known = {one.name: tree[one.name] for one in fields(State) if one.name in tree}
+        for name, kind in (("progress", Progress), ("last_exit", Exit)):
+            if known.get(name) is not None:
+                known[name] = _checked(kind(**known[name]))
+        return _checked(State(**known))
     except TypeError as error:
         raise ValueError(f"no state of a minder: {error}") from None
+
+
+_KINDS: dict[str, type] = {
+    "str": str,
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "None": type(None),
+    "Progress": Progress,
+    "Exit": Exit,
+}
+_MOST = 2**53
+
+
+def _checked(told: _T) -> _T:
+    """Return what JSON told if all of it can be shown, counted and written as JSON again. ValueError else."""
+    for one in fields(told):  # type: ignore[arg-type]
+        value = getattr(told, one.name)
+        kinds = [_KINDS[kind] for kind in str(one.type).split(" | ")]
+        # A whole number is a time too, but true is no number; neither is what is not finite.
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+        if not fits or (isinstance(value, int | float) and not -_MOST < value < _MOST):
+            raise ValueError(f"no state of a minder: {one.name} cannot be read")
+        if isinstance(value, str):
+            value.encode()
+    return told
 
 
 def arguments_digest(command: Sequence[str], mark: str) -> str:
@@ -398,9 +425,6 @@ def listen_unix(name: str, path: Path) -> socket.socket:
 
 def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
-
-
-_T = TypeVar("_T")
 
 
 async def _within(awaitable: Awaitable[_T], seconds: float) -> _T:

@@ -43,6 +43,7 @@ from engines.minder import (
     arguments_digest,
     claim,
     listen_unix,
+    listens,
     parse_address,
     read_state,
     this_program,
@@ -52,6 +53,10 @@ CALL_WITHIN = 10.0
 """Seconds an agent has to answer a call."""
 SILENT_FOR = 45.0
 """Seconds of silence, three heartbeats, after which a stream of events counts as lost."""
+MOST_BYTES = 2 * 1024 * 1024
+"""Bytes of an answer, or of a line of a stream; no agent sends more."""
+FOLLOW_AGAIN = 0.2
+"""Seconds after which an agent that is there, but does not let itself be followed, is asked again."""
 HOOK_AGAIN = 5.0
 """Seconds after which what is to be done before traffic is tried again."""
 
@@ -95,9 +100,10 @@ class MinderClient:
     async def call(self, method: str, path: str, **fields: object) -> State:
         """Send one call and return the state it left. MinderError when it is refused or nobody answers."""
         with self._translated():
-            answer = await self._client.request(method, path, json=fields or None)
-            self._check(answer)
-            return read_state(answer.json())
+            async with asyncio.timeout(CALL_WITHIN), self._client.stream(method, path, json=fields or None) as answer:
+                body = await _whole(answer)
+            self._check(answer, body)
+            return read_state(json.loads(body))
 
     async def events(self, *, follower: str = "", lines: bool = False) -> AsyncGenerator[State | str, None]:
         """Yield each state, beginning with this moment's, and each line of the engine's output if wanted.
@@ -109,9 +115,8 @@ class MinderClient:
         with self._translated():
             async with self._client.stream("GET", "/events", params=query, timeout=SILENT_FOR) as answer:
                 if answer.status_code != httpx.codes.OK:
-                    await answer.aread()
-                    self._check(answer)
-                async for text in answer.aiter_lines():
+                    self._check(answer, await _whole(answer))
+                async for text in _lines(answer):
                     if text:
                         item = json.loads(text)
                         yield item["line"] if "line" in item else read_state(item["state"])
@@ -122,17 +127,18 @@ class MinderClient:
         with self._translated():
             async with self._client.stream("GET", "/logs", params=query, timeout=SILENT_FOR) as answer:
                 if answer.status_code != httpx.codes.OK:
-                    await answer.aread()
-                    self._check(answer)
-                async for text in answer.aiter_lines():
+                    self._check(answer, await _whole(answer))
+                async for text in _lines(answer):
                     if text:
                         yield text
 
-    def _check(self, answer: httpx.Response) -> None:
+    def _check(self, answer: httpx.Response, body: bytes) -> None:
         if answer.is_success:
             return
         try:
-            told = answer.json()["error"]["message"]
+            told = json.loads(body)["error"]["message"]
+        except RecursionError:
+            told = f"it answered {answer.status_code}"
         except (ValueError, KeyError, TypeError):
             told = f"it answered {answer.status_code}"
         raise MinderError(f"the minder at {self.address} refused: {told}")
@@ -141,11 +147,32 @@ class MinderClient:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             told = str(error) or type(error).__name__
             raise MinderError(f"no minder answers at {self.address} ({told})") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise MinderError(f"what answers at {self.address} is no minder ({error})") from error
+
+
+async def _whole(answer: httpx.Response) -> bytes:
+    body = bytearray()
+    async for data in answer.aiter_raw():
+        body += data
+        if len(body) > MOST_BYTES:
+            raise ValueError("its answer has no end")
+    return bytes(body)
+
+
+async def _lines(answer: httpx.Response) -> AsyncGenerator[str, None]:
+    rest = b""
+    async for data in answer.aiter_raw():
+        *whole, rest = (rest + data).split(b"\n")
+        if len(rest) > MOST_BYTES:
+            raise ValueError("its line has no end")
+        for line in whole:
+            yield line.decode(errors="replace").rstrip("\r")
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 # --- owning an engine ------------------------------------------------------------------------------------------------
@@ -371,13 +398,13 @@ class Minder:
         """Tell whether the agent is gone, rather than the stream of its events alone."""
         if self._agent is not None:
             return await _ended(self._agent, 1.0)
-        if not self.control.exists():
-            return True
+        # One that was taken over is nobody's child here. A call that fails is no sign: it may only be busy.
         try:
-            assert self._client is not None
-            await self._client.call("GET", "/state")
-        except MinderError:
-            return True
+            if not listens(self.control):
+                return True
+        except OSError:
+            pass
+        await asyncio.sleep(FOLLOW_AGAIN)
         return False
 
     async def _end_what_a_killed_agent_left(self) -> None:

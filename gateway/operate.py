@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import httpx
 
-from engines.minder import TOKEN_VARIABLE, State
+from engines.minder import DRAINING, READY, SERVING, TOKEN_VARIABLE, State
 from engines.minding import MinderClient, MinderError
 from gateway.settings import Settings
 
@@ -67,7 +67,7 @@ def find_gateway(settings: Settings) -> tuple[str, str]:
     try:
         told = json.loads(file.read_text())
         return str(told["url"]), str(told["key"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise OperateError(f"{file} cannot be read; are you the user who runs the gateway?") from None
 
 
@@ -131,7 +131,7 @@ def wait_drained(operator: Operator, name: str, within: float, tell: Tell) -> No
     while True:
         endpoint = operator.endpoint(name)
         left, minder = endpoint["in_flight"], endpoint["minder"] or {}
-        if not left and minder.get("drained", True):
+        if not left and (minder.get("drained", True) or not _is_drained_by_all(endpoint)):
             return
         if time.monotonic() > until:
             raise OperateError(
@@ -142,6 +142,12 @@ def wait_drained(operator: Operator, name: str, within: float, tell: Tell) -> No
             tell(f"{name}: requests under way: {left}" if left else f"{name}: waiting for other replicas")
         before = left
         time.sleep(LOOK)
+
+
+def _is_drained_by_all(endpoint: dict[str, Any]) -> bool:
+    """Whether a minder will tell when every replica is through; one whose engine does not work was not asked to."""
+    phase = (endpoint["minder"] or {}).get("phase")
+    return phase == DRAINING or (phase in (READY, SERVING) and "command" not in endpoint["held_by"])
 
 
 def wait_restarted(operator: Operator, name: str, starts: int, tell: Tell) -> None:

@@ -75,8 +75,11 @@ class Minders:
 
     async def tell(self, endpoint: Endpoint, path: str, **fields: object) -> State:
         """Send an agent a call and act on the state it leaves. MinderError when it is refused or nobody answers."""
+        before = self.states.get(endpoint)
         state = await self._clients[endpoint].call("POST", path, **fields)
-        self._take(endpoint, state)
+        # What has been heard meanwhile may be newer than the answer; and where it is older, what is new will be heard.
+        if self.states.get(endpoint) is before:
+            self._take(endpoint, state)
         return state
 
     async def _follow(self, endpoint: Endpoint, client: MinderClient, contact: asyncio.Event) -> None:
@@ -118,11 +121,16 @@ class Minders:
         """Tell the agent once no request is left there."""
         try:
             while (state := self.states.get(endpoint)) is not None and state.phase == DRAINING and not state.drained:
-                if not endpoint.in_flight:
-                    await self._clients[endpoint].call("POST", "/drained", follower=self._id)
+                if not endpoint.in_flight and await self._told_drained(endpoint):
                     return
-                await asyncio.sleep(LOOK)
-        except MinderError as error:
-            self._log.say("warning", "drain_not_told", endpoint=endpoint.name, why=str(error))
+                await asyncio.sleep(LOOK if endpoint.in_flight else AGAIN)
         finally:
             self._draining.pop(endpoint, None)
+
+    async def _told_drained(self, endpoint: Endpoint) -> bool:
+        try:
+            await self._clients[endpoint].call("POST", "/drained", follower=self._id)
+        except MinderError as error:
+            self._log.say("warning", "drain_not_told", endpoint=endpoint.name, why=str(error))
+            return False
+        return True

@@ -24,6 +24,7 @@ from gateway.state.database import upgrade
 from gateway.state.keys import KeyStore
 from tests.conftest import Connect
 from tests.support.client import RawClient, Response
+from tests.support.control import EVENTS, STATE, control_port, event, said
 from tests.support.gateway import AUTH, CHAT, JSON, KEY, MODEL, Gateway, StartGateway, chat, relayed, serving, until
 from tests.support.recordings import load
 from tests.support.script import DONE, Gate, play
@@ -345,6 +346,69 @@ async def test_a_minder_that_is_not_there_holds_nothing_up(
     assert (await act(gateway, "one", "cordon")).json()["state"] == "cordoned"
 
 
+GARBAGE = {
+    "not HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "not JSON": EVENTS + b"<html>\n",
+    "nested without end": EVENTS + b"[" * 100_000 + b"\n",
+    "a line without end": EVENTS + b"x" * 3_000_000,
+    "a refusal without end": b"HTTP/1.1 500 No\r\n\r\n" + b"x" * 3_000_000,
+    "no state": EVENTS + b'{"state": {}}\n',
+    "a phase that is none": EVENTS + event(phase=["serving"]),
+    "a count that is none": EVENTS + event(restarts="many"),
+    "a count beyond counting": EVENTS + event(restarts=10**400),
+    "a time that is none": EVENTS + event(since=float("nan")),
+    "a text that is none": EVENTS + event(message="\ud800"),
+}
+
+
+@pytest.mark.parametrize("told", GARBAGE)
+async def test_what_is_no_minder_harms_nothing(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, tmp_path: Path, told: str
+) -> None:
+    """Requests, metrics and the list go on; a command says that nobody obeys; its token is told nobody else."""
+
+    async def answer(request: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(GARBAGE[told])
+
+    upstream.always(GOOD, path=CHAT)
+    async with control_port(tmp_path / "control", answer):
+        gateway = await start_gateway(serving(upstream, name="one", minder=f"unix:{tmp_path}/control"), keys=KEYS)
+        assert (await gateway.ask(chat())).status == 200
+        assert (await gateway.get("/metrics", admin=True)).status == 200
+        assert not (await listed(gateway))["one"]["minder"]["reached"]
+        answered = await act(gateway, "one", "restart")
+        assert answered.status == 400
+        assert "one cannot be told: " in answered.json()["error"]["message"]
+        (endpoint,) = gateway.replica.pool.endpoints
+        assert not gateway.replica.minders._tasks[endpoint].done()
+
+
+async def test_an_answer_that_comes_late_does_not_count(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    """A drain is undone by another gateway before its own answer is read: the stream's word is the newer one."""
+    news: asyncio.Queue[bytes] = asyncio.Queue()
+    heard = asyncio.Event()
+
+    async def answer(request: str, writer: asyncio.StreamWriter) -> None:
+        if request == "GET /events":
+            writer.write(EVENTS + event())
+            while True:
+                writer.write(await news.get())
+        news.put_nowait(event(phase="draining") + event(phase="serving", message="undone"))
+        await heard.wait()
+        writer.write(said(STATE | {"phase": "draining"}))
+
+    async with control_port(tmp_path / "control", answer):
+        gateway = await start_gateway(serving(upstream, name="one", minder=f"unix:{tmp_path}/control"), keys=KEYS)
+        (endpoint,) = gateway.replica.pool.endpoints
+        draining = asyncio.create_task(act(gateway, "one", "drain"))
+        await until(lambda: gateway.replica.minders.states[endpoint].message == "undone", "the stream was not heard")
+        heard.set()
+        assert (await draining).json()["state"] == "serving"
+        assert endpoint.available
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -396,6 +460,20 @@ async def test_an_endpoint_without_a_minder_obeys_the_commands(two: Any, face: s
         assert (code, out) == (1, "")
         assert "one has no minder" in err
     assert await forebay(gateway, "engines", "uncordon", "one") == (0, "one is serving\n", "")
+
+
+async def test_a_drain_of_what_does_not_work_has_nothing_to_wait_for(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    async def answer(request: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(EVENTS + event(phase="failed"))
+        await asyncio.Event().wait()
+
+    async with control_port(tmp_path / "control", answer):
+        gateway = await start_gateway(serving(upstream, name="one", minder=f"unix:{tmp_path}/control"), keys=KEYS)
+        code, out, err = await forebay(gateway, "engines", "drain", "one", "--within", "1")
+        assert (code, err) == (0, ""), err
+        assert out.startswith("one works on nothing")
 
 
 async def test_the_commands_do_the_same(start_gateway: StartGateway, minded: Minded, face: str) -> None:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from engines.minder import FAILED, SERVING, WAITING, Address, State
+from engines.minder import FAILED, SERVING, WAITING, Address, State, arguments_digest
 from engines.minding import Minder
 from tests.engines.standalone import QUICK, SETTLE, Standalone, Start
 from tests.engines.test_minder import FAKE, GONE_WITHIN, assert_gone
+from tests.support.control import EVENTS, STATE, control_port, event, said
 from tests.support.sockets import bind_free
 
 ONCE = ("--restart", "never_ready=1", "--stay")
@@ -191,6 +192,50 @@ async def test_told_to_keep_it_the_next_owner_takes_the_engine_over(tmp_path: Pa
     assert (heir.state.starts, heir.state.kept) == (1, True)
     await heir.stop(0)
     assert_gone(*told.values())
+
+
+async def test_an_agent_that_is_busy_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """Its stream breaks and its calls are refused, as when too many talk to it: the kept engine is left alone."""
+    engine = subprocess.Popen(["sleep", "3600"], start_new_session=True)
+    command = engine_command(tmp_path)
+    state = STATE | {"pid": engine.pid, "arguments": arguments_digest(command, "")}
+    refused = asyncio.Event()
+    asked: list[str] = []
+
+    async def answer(request: str, writer: asyncio.StreamWriter) -> None:
+        asked.append(request)
+        if len(asked) == 1:
+            writer.write(said(state))
+        elif len(asked) == 2:
+            writer.write(EVENTS + event(**state))
+        elif len(asked) < 6:
+            writer.write(said({"error": {"message": "too many connections"}}, 503))
+        else:
+            refused.set()
+            writer.write(EVENTS + event(**state))
+            await asyncio.Event().wait()
+
+    heir = Minder(
+        "fake",
+        command,
+        environment=os.environ,
+        address=Address(unix=tmp_path / "engine.sock"),
+        log_path=tmp_path / "log",
+        control=tmp_path / "control",
+        keep=True,
+    )
+    try:
+        async with control_port(tmp_path / "control", answer):
+            await heir.start()
+            async with asyncio.timeout(GONE_WITHIN):
+                await refused.wait()
+            assert engine.poll() is None
+            assert heir.state is not None
+            assert (heir.state.phase, heir.engine_pid) == (SERVING, engine.pid)
+            await heir.leave()
+    finally:
+        engine.kill()
+        engine.wait()
 
 
 # --- what it needs ---------------------------------------------------------------------------------------------------
