@@ -27,7 +27,7 @@ from gateway.api.auth import Authenticator
 from gateway.api.edge import Edge, EdgeRules
 from gateway.api.media import MediaRules
 from gateway.api.protocol import SUPPORTED, ConnectionRules, ForebayProtocol, bound
-from gateway.api.rest import WithRequestId, admin_app, public_app
+from gateway.api.rest import SmallBodies, WithRequestId, admin_app, public_app
 from gateway.api.routes import RELAYED
 from gateway.finder import Finder
 from gateway.keyring import Keyring
@@ -146,7 +146,7 @@ class Replica:
         self._protocols.append(bound(self.edge, rules, RELAYED, fast=fast))
         self.listeners.append(Listener(face, sock, self._protocols[0], tls, listen.backlog))
         if settings.admin.enabled:
-            admin = WithRequestId(admin_app(self.edge, self.minders, public, version), self.edge)
+            admin = WithRequestId(SmallBodies(admin_app(self.edge, self.minders, public, version)), self.edge)
             sock = bind(settings.admin.host, settings.admin.port)
             self._protocols.append(bound(self.edge, rules, RELAYED, fast=False))
             self.listeners.append(Listener(admin, sock, self._protocols[1], None, listen.backlog))

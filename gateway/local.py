@@ -232,8 +232,10 @@ class PreparedEngine:
         return self._file(settings, directory, "control")
 
     def _file(self, settings: Settings, directory: Path, kind: str) -> Path:
-        # Short, and another one for each gateway that shares the data directory: a port is one gateway's alone.
-        return directory / f"{settings.listen.port}-{settings.engines.index(self.settings)}.{kind}"
+        # Short, and another one for each gateway that shares the data directory: a port is one gateway's alone. By name
+        # and not by place: an engine that is kept is found again wherever it stands in the file.
+        name = hashlib.sha256(self.settings.name.encode()).hexdigest()[:6]
+        return directory / f"{settings.listen.port}-{name}.{kind}"
 
     def _port_and_key(self, settings: Settings, place: Path) -> tuple[int, str]:
         """A port and a key of its own; those of an engine that is kept are kept too, in a file of its user's."""
@@ -275,10 +277,22 @@ def launchable(kind: str) -> Launchable:
     return ENGINES[kind]
 
 
+def make_private(directory: Path) -> None:
+    """See that there is a directory that its user alone can enter, also where it was made before. OSError."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts = directory.stat()
+    if facts.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "it belongs to another user")
+    if facts.st_mode & 0o077:
+        directory.chmod(0o700)
+
+
 def write_private(file: Path, content: Mapping[str, object]) -> None:
     """Write JSON that its user alone can read, whole or not at all."""
     new = file.with_suffix(".new")
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as opened:
+    # A file that lies there, or a link, is not written through: who made it may read it, or means another one.
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
         json.dump(content, opened)
     new.replace(file)
 
@@ -359,7 +373,7 @@ def run_directory(settings: Settings) -> Iterator[Path]:
             yield Path(short)
     else:
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(directory)
         except OSError as error:
             raise StartError(
                 f"{directory} cannot be made ({error.strerror}); make the data directory writable or choose another one"
@@ -410,7 +424,9 @@ async def run_engines(
             running.push_async_callback(replica.stop)
             await replica.start()
             display.report(Step("start the gateway", "waiting until it is ready"))
-            greet(await _replica_ready(replica, settings))
+            models = await _replica_ready(replica, settings)
+            replica.ready = True
+            greet(models)
             return await _until_nothing_serves(replica, minders, settings, display)
 
 
@@ -484,7 +500,7 @@ def _signals_stop_this_task(display: Display, replica: Replica | None = None) ->
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
     if replica is not None:
-        loop.add_signal_handler(signal.SIGHUP, replica.send, signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGHUP, replica.reload)
     try:
         yield
     finally:
@@ -555,6 +571,8 @@ class Replica:
         self._environment = {**os.environ, **environment}
         self._grace = grace
         self._process: asyncio.subprocess.Process | None = None
+        self.ready = False
+        """Whether it has started so far that it knows what a signal asks for."""
 
     async def start(self) -> None:
         """Start it; its output goes where the parent's goes."""
@@ -581,6 +599,12 @@ class Replica:
         finally:
             self.send(signal.SIGKILL)
             await self._process.wait()
+
+    def reload(self) -> None:
+        """Have it read its file again. One that still starts would be ended by the signal, and reads the file anyway:
+        what changes meanwhile it notices by itself."""
+        if self.ready:
+            self.send(signal.SIGHUP)
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal, if it runs."""
@@ -673,7 +697,7 @@ def admin_pass(settings: Settings) -> Iterator[None]:
         upgrade(settings.state_url)
         with KeyStore(settings.state_url) as store:
             key = store.create(_admin_key_name(settings), models=(), admin=True, replace=True).key
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(file.parent)
         write_private(file, {"url": admin_url(settings), "key": key})
     except OSError as error:
         raise StartError(

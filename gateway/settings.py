@@ -174,6 +174,10 @@ class KeySettings(Section):
         ).digest()
 
 
+def _is_control_port(url: str) -> bool:
+    return url.startswith("unix:") or (url.startswith("http://") and urlsplit(url).port is not None)
+
+
 class Upstream(Section):
     """An engine that already runs and is known by its URL."""
 
@@ -229,7 +233,7 @@ class Upstream(Section):
             raise ValueError("minder is one address; engines that are discovered have a minder_port")
         if self.minder_port is not None and self.discover is None:
             raise ValueError("minder_port is for engines that are discovered; write minder: http://host:port")
-        if self.minder is not None and self.minder.startswith("https://"):
+        if self.minder is not None and not _is_control_port(self.minder):
             raise ValueError("minder should be unix:/path or http://host:port")
         given = [self.minder_token_file, self.minder_token_env]
         if None not in given:

@@ -263,6 +263,15 @@ async def test_sighup_is_the_gateway_s(house: House) -> None:
         await running
 
 
+async def test_a_reload_that_is_asked_for_too_early_ends_no_gateway() -> None:
+    """Between its first instruction and the moment it knows what SIGHUP asks for, seconds pass."""
+    replica = Replica(["sleep", "3600"], {}, 30.0)
+    await replica.start()
+    replica.reload()
+    await replica.stop()
+    assert await replica.wait() == -signal.SIGTERM
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_interrupts_what_blocks(number: signal.Signals) -> None:
     before = signal.getsignal(number)
@@ -425,7 +434,7 @@ def test_an_engine_is_private_to_its_gateway(tmp_path: Path) -> None:
     """On a Unix socket in a directory of its user's, or on its port with a key that no command line shows."""
     plan, engine = prepared(tmp_path, {"engines": [{"name": "mine", "environment": {"A": "b"}}]})
     spec = engine.private_spec(plan.settings, tmp_path)
-    assert (spec.address, spec.api_key) == (Address(unix=tmp_path / "8000-0.sock"), None)
+    assert (spec.address, spec.api_key) == (Address(unix=tmp_path / "8000-3fd305.sock"), None)
     assert (spec.model, spec.model_is_local, spec.served_name) == ("org/Model", False, "model")
     port = free_port()
     plan, engine = prepared(tmp_path, {"engines": [{"name": "mine", "port": port, "served_name": "public"}]})
@@ -470,6 +479,33 @@ def test_sockets_lie_where_only_their_user_can_enter_and_their_path_fits(tmp_pat
         assert len(os.fsencode(directory)) < 90
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert not directory.exists()
+
+
+def test_what_others_have_put_there_is_not_trusted(tmp_path: Path) -> None:
+    """A run directory that anybody could enter is closed, and keys are written through nobody's file or link."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    directory.chmod(0o777)
+    with run_directory(Settings(data_dir=tmp_path)):
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (directory / "admin-8000.new").symlink_to(victim)
+    local.write_private(directory / "admin-8000.json", {"key": "secret"})
+    assert victim.read_text() == "mine"
+    (directory / "admin-8000.new").touch(0o666)
+    local.write_private(directory / "admin-8000.json", {"key": "secret"})
+    assert stat.S_IMODE((directory / "admin-8000.json").stat().st_mode) == 0o600
+
+
+def test_an_engine_is_found_again_wherever_it_stands_in_the_file(tmp_path: Path) -> None:
+    """One that is kept would be taken for another gateway's if the one above it were taken out."""
+    places = []
+    for names in (("a", "b"), ("b",)):
+        plan, engine = prepared(tmp_path, {"engines": [{"name": name} for name in names]})
+        last = PreparedEngine(plan.settings.engines[-1], engine.environment, engine.model)
+        places.append((last.control(plan.settings, tmp_path), last.private_spec(plan.settings, tmp_path).address))
+    assert places[0] == places[1]
 
 
 @pytest.mark.parametrize(("remote", "hosts"), [("off", ()), ("engine", ("images.example",))])

@@ -337,6 +337,11 @@ def test_a_key_with_two_letters_swapped_is_recognised(data: st.DataObject) -> No
         ({"upstreams": [{"url": "http://a"}, {"url": "http://a/"}]}, "upstreams[1].url: is the same"),
         ({"keys": [{"name": "a", "key": "x"}, {"name": "a", "key": "y"}]}, "keys[1].name: is the same"),
         ({"keys": [{"name": "a", "sha256": "ab" * 32}, {"name": "b", "sha256": "AB" * 32}]}, "keys[1].sha256: is the"),
+        (
+            {"upstreams": [{"url": "http://a", "minder": "http://a"}]},
+            "upstreams[0]: minder should be unix:/path or http:",
+        ),
+        ({"upstreams": [{"url": "http://a", "minder": "https://a:1"}]}, "upstreams[0]: minder should be unix:/path or"),
         ({"media": {"hosts": ["a"]}}, "media.hosts: has no effect while media.remote is off"),
         ({"stream": {"heartbeat_after": -1}}, "stream.heartbeat_after: should be a duration"),
         ({"trusted_proxies": ["10.0.0.1/8"]}, "trusted_proxies[0]: should be an address or a network"),

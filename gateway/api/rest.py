@@ -210,3 +210,25 @@ class WithRequestId:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class SmallBodies:
+    """ASGI: hands ``app`` no more of a body than any command needs. A body is read before it is asked whose it is, and
+    parsed where requests are served: a large one would be everybody's wait and memory."""
+
+    def __init__(self, app: Any, most: int = 64 * 1024) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve a request."""
+        left = self._most
+
+        async def receive_little() -> Any:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            # As if its sender had left: what is read of it is not looked at.
+            return message if left >= 0 else {"type": "http.disconnect"}
+
+        await self._app(scope, receive_little, send)

@@ -83,6 +83,15 @@ async def test_only_an_admin_key_is_let_in(two: Any) -> None:
         assert (await gateway.get(path, admin=True)).status == 200
 
 
+async def test_a_large_body_is_not_read(two: Any) -> None:
+    """Nobody has shown a key yet, and what parses it also serves everybody else."""
+    gateway, *_ = two
+    for size, status in ((1_000, 401), (5_000_000, 400)):
+        async with await RawClient.connect(gateway.admin_url) as client:
+            client.request("POST", "/admin/endpoints/one/cordon", JSON, b'"' + b"x" * size + b'"')
+            assert (await client.response()).status == status
+
+
 async def test_clients_do_not_reach_it(two: Any) -> None:
     gateway, *_ = two
     assert (await gateway.get("/admin/endpoints", ADMIN)).status == 404
