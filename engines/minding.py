@@ -304,6 +304,7 @@ class Minder:
                 and state.kept
                 and state.arguments == wanted
                 and state.phase not in (FAILED, STOPPED, STOPPING)
+                and await self._let_work(client, state)
             ):
                 return True
             if state.name != self.name or (state.owned and not state.kept):
@@ -315,6 +316,15 @@ class Minder:
             with contextlib.suppress(MinderError):
                 await client.call("POST", "/stop", grace=ORPHAN_GRACE, leave=True)
         await self._until_left()
+        return False
+
+    async def _let_work(self, client: MinderClient, state: State) -> bool:
+        """Undo the drain of an engine that is taken over: who starts it now wants it to serve. False: it leaves."""
+        if state.phase != DRAINING:
+            return True
+        self._say(f"{self.name} was drained: it gets requests again")
+        with contextlib.suppress(MinderError):
+            return (await client.call("POST", "/start")).phase != DRAINING
         return False
 
     async def _until_left(self) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from engines.minder import FAILED, SERVING, WAITING, Address, State, arguments_digest
-from engines.minding import Minder
+from engines.minding import Minder, MinderClient
 from tests.engines.standalone import QUICK, SETTLE, Standalone, Start
 from tests.engines.test_minder import FAKE, GONE_WITHIN, assert_gone
 from tests.support.control import EVENTS, STATE, control_port, event, said
@@ -192,6 +192,37 @@ async def test_told_to_keep_it_the_next_owner_takes_the_engine_over(tmp_path: Pa
     assert (heir.state.starts, heir.state.kept) == (1, True)
     await heir.stop(0)
     assert_gone(*told.values())
+
+
+async def test_a_kept_engine_that_was_drained_serves_its_next_owner(tmp_path: Path) -> None:
+    """Else a gateway that starts waits for it in vain."""
+    with owner(tmp_path, KEEP="1") as killed:
+        await asyncio.to_thread(pids_told, killed)
+        killed.kill()
+    said: list[str] = []
+    heir = Minder(
+        "fake",
+        engine_command(tmp_path),
+        environment=os.environ,
+        address=Address(unix=tmp_path / "engine.sock"),
+        log_path=tmp_path / "log",
+        keep=True,
+        settle=SETTLE,
+        on_trouble=said.append,
+    )
+    async with MinderClient(f"unix:{heir.control}") as client:
+        async with asyncio.timeout(GONE_WITHIN):
+            while (await client.call("GET", "/state")).phase != SERVING:
+                await asyncio.sleep(0.02)
+        await client.call("POST", "/drain")
+    await heir.start()
+    try:
+        assert heir.adopted
+        assert heir.state is not None
+        assert (heir.state.phase, heir.state.starts) == (SERVING, 1)
+        assert said == ["fake was drained: it gets requests again"]
+    finally:
+        await heir.stop(0)
 
 
 async def test_an_agent_that_is_busy_is_not_taken_for_dead(tmp_path: Path) -> None:
