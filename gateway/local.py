@@ -43,7 +43,7 @@ from engines.steps import Step
 from gateway.greeting import Display, Greeting, base_url
 from gateway.operate import admin_url, pass_file
 from gateway.settings import LocalEngine, Settings, Upstream, load, merge_trees, to_environment, warnings_about
-from gateway.state.database import upgrade
+from gateway.state.database import StateError, upgrade
 from gateway.state.keys import KeyStore
 
 ENGINE_READY_WITHIN = 1800.0
@@ -403,7 +403,7 @@ def _prepare_and_run(plan: Plan, directory: Path, display: Display) -> int:
         took = f"Started in {time.monotonic() - started:.0f} s. Ctrl-C stops {what}."
         print(Greeting(plan.settings, key, models, (took,)).text(), flush=True)
 
-    with admin_pass(plan.settings):
+    with admin_pass(plan.settings, display.say):
         return asyncio.run(run_engines(replica, minders, plan.settings, display, greet))
 
 
@@ -626,7 +626,7 @@ def _serve_upstreams(plan: Plan, display: Display) -> int:
     key, notes = key_or_note(plan.settings)
     greeting = greet_when_ready(plan.settings, key, notes, display)
     threading.Thread(target=asyncio.run, args=(greeting,), name="greeting", daemon=True).start()
-    with admin_pass(plan.settings):
+    with admin_pass(plan.settings, display.say):
         return run(plan.settings, plan.config)
 
 
@@ -686,17 +686,35 @@ def _admin_key_name(settings: Settings) -> str:
 
 
 @contextlib.contextmanager
-def admin_pass(settings: Settings) -> Iterator[None]:
+def admin_pass(settings: Settings, say: Callable[[str], None]) -> Iterator[None]:
     """Inside, `forebay engines list` and its like work for this user on this machine: an admin key, made for this
-    start, lies with the admin listener's address in a file that nobody else can read."""
+    start, lies with the admin listener's address in a file that nobody else can read.
+
+    With ``auth: none`` nothing else needs the state database: where there can be none, that is said, and that is all.
+    """
     if not settings.admin.enabled:
         yield
         return
-    file = pass_file(settings)
     try:
-        upgrade(settings.state_url)
-        with KeyStore(settings.state_url) as store:
-            key = store.create(_admin_key_name(settings), models=(), admin=True, replace=True).key
+        file: Path | None = _leave_admin_pass(settings)
+    except (StartError, StateError) as error:
+        if settings.auth != "none":
+            raise
+        say(f"{error}; until then `forebay engines list` and its like do not find this gateway")
+        file = None
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.unlink(missing_ok=True)
+
+
+def _leave_admin_pass(settings: Settings) -> Path:
+    file = pass_file(settings)
+    upgrade(settings.state_url)
+    with KeyStore(settings.state_url) as store:
+        key = store.create(_admin_key_name(settings), models=(), admin=True, replace=True).key
+    try:
         make_private(file.parent)
         write_private(file, {"url": admin_url(settings), "key": key})
     except OSError as error:
@@ -704,7 +722,4 @@ def admin_pass(settings: Settings) -> Iterator[None]:
             f"{file} cannot be written ({error.strerror}); make the data directory writable or choose another one with"
             " FOREBAY_HOME or data_dir in the configuration"
         ) from None
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
+    return file

@@ -29,6 +29,7 @@ from gateway.local import (
     Replica,
     StartError,
     StopRequested,
+    admin_pass,
     check_ports,
     greet_when_ready,
     interruptible,
@@ -43,6 +44,7 @@ from gateway.local import (
 )
 from gateway.operate import stop_engine
 from gateway.settings import Settings, load
+from gateway.state.database import StateError
 from gateway.state.keys import KeyStore
 from tests.support.sockets import bind_free, free_port
 
@@ -533,3 +535,14 @@ def test_each_start_on_a_port_replaces_its_last_key_alone() -> None:
     with KeyStore(first.state_url) as store:
         assert [record.name for record in store.load_all().records.values()] == ["serve-8100", "serve-8000"]
     assert make_start_key(Settings(auth="none")) is None
+
+
+def test_a_gateway_that_asks_nobody_for_a_key_needs_no_database(tmp_path: Path) -> None:
+    """Its operator's pass is a comfort; where keys are asked for, nothing works without."""
+    (tmp_path / "file").touch()
+    said: list[str] = []
+    with admin_pass(Settings(auth="none", data_dir=tmp_path / "file" / "data"), said.append):
+        assert "cannot be made: Not a directory" in said[0]
+        assert said[0].endswith("`forebay engines list` and its like do not find this gateway")
+    with pytest.raises(StateError), admin_pass(Settings(data_dir=tmp_path / "file" / "data"), said.append):
+        pass
