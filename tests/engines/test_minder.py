@@ -215,7 +215,8 @@ async def test_a_crash_while_loading_is_told_with_its_cause(watch: Watch, gate: 
 async def test_an_engine_that_is_not_there_is_named(tmp_path: Path) -> None:
     missing = str(tmp_path / "no-engine")
     log_path = tmp_path / "engine.log"
-    minder = Minder("fake", [missing], environment={}, address=Address(port=free_port()), log_path=log_path)
+    address = Address(unix=tmp_path / "engine.sock")
+    minder = Minder("fake", [missing], environment={}, address=address, log_path=log_path)
     await minder.start()
     with pytest.raises(MinderError, match=f"^{missing} cannot be started: No such file or directory"):
         await minder.wait_ready(60)
