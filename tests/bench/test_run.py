@@ -30,7 +30,7 @@ def test_two_gateways_are_measured_side_by_side(tmp_path: Path) -> None:
     """Right answers through nginx and this gateway, and figures of both in one table."""
     out = tmp_path / "raw.jsonl"
     command = [sys.executable, "-m", "loadtests.bench.run", "--rows", "requests-2k", "--only", "nginx,forebay-protocol"]
-    options = ["--runs", "1", "--seconds", "1", "--retries", "0", "--out", str(out)]
+    options = ["--runs", "1", "--seconds", "0.5", "--retries", "0", "--out", str(out)]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| | nginx | forebay-protocol |" in done.stdout

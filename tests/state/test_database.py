@@ -15,10 +15,19 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from gateway.state.database import MIGRATIONS, StateError, current_revision, metadata, open_database, upgrade
+from gateway.state.database import (
+    MIGRATIONS,
+    StateError,
+    _revisions,
+    current_revision,
+    metadata,
+    open_database,
+    upgrade,
+)
 from gateway.state.keys import KeyStore
 
-HEAD = ScriptDirectory(str(MIGRATIONS)).get_current_head()
+SCRIPTS = ScriptDirectory(str(MIGRATIONS))
+HEAD = SCRIPTS.get_current_head()
 
 
 @pytest.fixture
@@ -145,3 +154,9 @@ def test_a_place_that_cannot_be_written_and_a_file_that_is_none(tmp_path: Path) 
         upgrade(f"sqlite:///{tmp_path}/file/forebay.db")
     with pytest.raises(StateError, match=f"{tmp_path}/file failed: file is not a database"):
         upgrade(f"sqlite:///{tmp_path}/file")
+
+
+def test_the_names_of_the_migrations_say_what_alembic_finds() -> None:
+    head, known = _revisions()
+    assert head == HEAD
+    assert known == {script.revision for script in SCRIPTS.walk_revisions()}
