@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from hypothesis import settings
 
 from tests.support.client import RawClient
 from tests.support.clock import ManualClock
@@ -17,6 +18,10 @@ from tests.support.holdings import Holdings
 from tests.support.journal import Journal
 from tests.support.tls import server_context
 from tests.support.upstream import ScriptedUpstream
+
+# An example's time says how busy the machine is.
+settings.register_profile("forebay", deadline=None)
+settings.load_profile("forebay")
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 LOOPS: dict[str, LoopFactory] = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

@@ -69,7 +69,7 @@ async def test_told_to_stay_it_can_be_asked_why_and_started_again(start: Start) 
     agent = start(*QUICK, "--restart", "never_ready=2", "--stay", engine=("--crash", "ValueError: no such model"))
     state = await agent.until(FAILED)
     assert re.fullmatch(
-        r"fake ended by itself after 0 s \(exit code 3\): ValueError: no such model \(the whole log: .*engine\.log\);"
+        r"fake ended by itself after \d+ s \(exit code 3\): ValueError: no such model \(the whole log: .*engine\.log\);"
         r" given up: it ended 2 times and was never ready",
         state.message,
     )

@@ -83,7 +83,7 @@ async def test_an_engine_that_outlives_its_worker_is_started_anew(start: Start) 
     os.kill(worker, signal.SIGKILL)
     second = await agent.until(SERVING, starts=2)
     assert second.last_exit is not None
-    assert str(second.last_exit).endswith("(exit code 0): its /health answered 503 for 0 s")
+    assert re.search(r"\(exit code 0\): its /health answered 503 for \d+ s$", str(second.last_exit))
     assert not second.last_exit.asked
     assert_gone(*family[2:])
 
@@ -317,7 +317,7 @@ async def test_a_missing_model_is_told_with_its_path(start: Start, tmp_path: Pat
     agent = start(*ONCE, engine=("--model", str(tmp_path / "no-model")))
     state = await failed(agent)
     assert re.fullmatch(
-        r"fake ended by itself after 0 s \(exit code 1\): FileNotFoundError: \[Errno 2\] No such file or directory:"
+        r"fake ended by itself after \d+ s \(exit code 1\): FileNotFoundError: \[Errno 2\] No such file or directory:"
         r" '.*/no-model' \(the whole log: .*engine\.log\); given up: it ended once and was never ready",
         state.message,
     )
@@ -327,4 +327,4 @@ async def test_an_engine_without_memory_is_told_so(start: Start) -> None:
     """Simulated by a limit on its address space."""
     agent = start(*ONCE, engine=("--hungry",))
     state = await failed(agent)
-    assert re.match(r"fake ended by itself after 0 s \(exit code 1\): MemoryError \(the whole log", state.message)
+    assert re.match(r"fake ended by itself after \d+ s \(exit code 1\): MemoryError \(the whole log", state.message)
