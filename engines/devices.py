@@ -48,6 +48,11 @@ def usable_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def arithmetic_threads(processors: int) -> int:
+    """Return how many threads compute on so many processors: one is left to the scheduler and the gateway."""
+    return max(1, processors - 1)
+
+
 def cpu_environment(processors: int) -> Mapping[str, str]:
     """Return how vLLM's arithmetic threads are laid out on ``processors`` logical processors.
 
@@ -57,7 +62,7 @@ def cpu_environment(processors: int) -> Mapping[str, str]:
     """
     if processors >= PINNED_BY_ENGINE_FROM:
         return {"VLLM_CPU_OMP_THREADS_BIND": "auto"}
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, processors - 1))}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(arithmetic_threads(processors))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,14 @@ class Launchable(Protocol):
         ...
 
 
+def common_environment(spec: LaunchSpec) -> dict[str, str]:
+    """Return the variables that mean the same to every engine: no hub for a local model, and which devices it sees."""
+    variables = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if spec.model_is_local else {}
+    if spec.device.visible_variable and spec.visible_devices:
+        variables[spec.device.visible_variable] = ",".join(spec.visible_devices)
+    return variables
+
+
 def process_environment(
     engine: Launchable, spec: LaunchSpec, inherited: Mapping[str, str] = os.environ
 ) -> dict[str, str]:

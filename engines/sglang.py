@@ -18,8 +18,8 @@ from pathlib import Path
 import msgspec
 
 from engines import wire
-from engines.devices import Device, Quantization, usable_processors
-from engines.launch import LaunchSpec
+from engines.devices import Device, Quantization, arithmetic_threads, usable_processors
+from engines.launch import LaunchSpec, common_environment
 from engines.minder import Phase
 from engines.protocol import (
     Call,
@@ -234,14 +234,11 @@ class Sglang:
         variables = {"DO_NOT_TRACK": "1"}
         if spec.api_key is not None:
             variables[_KEY_VARIABLE] = spec.api_key
-        if spec.model_is_local:
-            variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        if spec.device.visible_variable and spec.visible_devices:
-            variables[spec.device.visible_variable] = ",".join(spec.visible_devices)
+        variables |= common_environment(spec)
         if spec.device is Device.CPU:
             variables |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(_SHIM)}
             # One processor is left to SGLang's scheduler, which never rests, and the gateway.
-            variables["OMP_NUM_THREADS"] = str(max(1, usable_processors() - 1))
+            variables["OMP_NUM_THREADS"] = str(arithmetic_threads(usable_processors()))
         return {**variables, **spec.extra_environment}
 
 

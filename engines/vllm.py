@@ -13,7 +13,7 @@ import msgspec
 
 from engines import wire
 from engines.devices import Device, Quantization, cpu_environment, usable_processors
-from engines.launch import LaunchSpec
+from engines.launch import LaunchSpec, common_environment
 from engines.minder import Phase
 from engines.protocol import (
     Call,
@@ -190,10 +190,7 @@ class Vllm:
             variables["VLLM_API_KEY"] = spec.api_key
         if spec.adapters is not None:
             variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-        if spec.model_is_local:
-            variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        if spec.device.visible_variable and spec.visible_devices:
-            variables[spec.device.visible_variable] = ",".join(spec.visible_devices)
+        variables |= common_environment(spec)
         if spec.device is Device.CPU:
             variables |= cpu_environment(usable_processors())
             variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
