@@ -32,7 +32,7 @@ from gateway.settings import Upstream
 from gateway.trial import subject_of
 from tests.conftest import Connect
 from tests.support.adapters import make_adapter
-from tests.support.client import RawClient, Response
+from tests.support.client import RawClient, error_of
 from tests.support.gateway import AUTH, CHAT, Face, Gateway, StartGateway, serving, start_gateway
 from tests.support.real_engine import ANSWER_WITHIN, RealEngine, busy, free, load_of, patience, running
 from tests.support.recordings import load
@@ -100,6 +100,8 @@ class Kept:
 def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
     """Each kind in turn."""
     with closing(Kept(request.param, make_adapter(tmp_path_factory.mktemp("adapters") / "loud", 8, 1))) as one:
+        # Before any test begins: what a test leaves behind is counted from its own beginning.
+        one.engine()
         yield one
 
 
@@ -145,11 +147,6 @@ def everywhere(engine: RealEngine) -> dict[str, dict[str, Any]]:
         "/v1/messages": {"model": engine.model, "messages": TURNS, "max_tokens": 4},
     }
     return {path: body for path, body in asked.items() if path in ENGINES[engine.kind].paths}
-
-
-def error_of(answer: Response) -> dict[str, Any]:
-    error: dict[str, Any] = answer.json()["error"]
-    return error
 
 
 # --- its start ---------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from engines.lmdeploy import LmDeploy
 from engines.protocol import Fault
 from gateway.settings import Upstream
 from tests.support.adapters import make_adapter
-from tests.support.client import Response
+from tests.support.client import Response, error_of, text_of
 from tests.support.gateway import CHAT, Gateway, StartGateway, face, start_gateway
 from tests.support.real_engine import FREE_WITHIN, LOOK, RealEngine, patience, running
 from tests.support.script import DONE
@@ -72,17 +72,6 @@ async def gateway(start_gateway: StartGateway, engine: RealEngine, patience: Non
 
 def ask(**fields: Any) -> dict[str, Any]:
     return {"model": BASE, "messages": TURNS, "temperature": 0, "max_tokens": 12, **fields}
-
-
-def error_of(answer: Response) -> dict[str, Any]:
-    error: dict[str, Any] = answer.json()["error"]
-    return error
-
-
-def text_of(answer: Response) -> str:
-    assert answer.status == 200, answer.body
-    text: str = answer.json()["choices"][0]["message"]["content"]
-    return text
 
 
 def chunks_of(answer: Response) -> list[dict[str, Any]]:

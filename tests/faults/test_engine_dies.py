@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 
 from tests.conftest import Connect
-from tests.support.client import Response
+from tests.support.client import error_of
 from tests.support.gateway import AUTH, CHAT, MODEL, Gateway, StartGateway, chat, relayed, serving
 from tests.support.journal import Journal
 from tests.support.recordings import load
@@ -54,12 +53,6 @@ ENDINGS = [Do.CLOSE, Do.RESET]
 def dies(script: Script, place: int, ending: Do) -> Script:
     """Return a script that ends once the gateway has read everything up to a place."""
     return script.do(Do.UNTIL_READ, place).do(ending, place)
-
-
-def error_of(answer: Response) -> dict[str, Any]:
-    """Return the error of an answer that is one."""
-    error: dict[str, Any] = answer.json()["error"]
-    return error
 
 
 async def assert_nothing_held(gateway: Gateway) -> None:

@@ -76,6 +76,19 @@ class Response(Head):
         return [part + b"\n\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
 
 
+def error_of(answer: Response) -> dict[str, Any]:
+    """Return what an answer in OpenAI's error envelope tells."""
+    error: dict[str, Any] = answer.json()["error"]
+    return error
+
+
+def text_of(answer: Response) -> str:
+    """Return what a chat that was answered says."""
+    assert answer.status == 200, answer.body
+    text: str = answer.json()["choices"][0]["message"]["content"]
+    return text
+
+
 def request_bytes(
     method: str,
     target: str,
