@@ -329,9 +329,9 @@ def connection_rules(settings: Settings, keep_alive: float) -> ConnectionRules:
         headers=settings.timeouts.headers,
         body=settings.timeouts.body,
         keep_alive=keep_alive,
-        header_bytes=settings.limits.header_bytes,
-        header_count=settings.limits.header_count,
-        connections=settings.limits.connections,
+        header_bytes=settings.bounds.header_bytes,
+        header_count=settings.bounds.header_count,
+        connections=settings.bounds.connections,
     )
 
 
@@ -344,11 +344,11 @@ def health_rules(settings: Settings) -> HealthRules:
 
 def edge_rules(settings: Settings) -> EdgeRules:
     """Return what the edge goes by."""
-    limits, timeouts, media = settings.limits, settings.timeouts, settings.media
+    bounds, timeouts, media = settings.bounds, settings.timeouts, settings.media
     return EdgeRules(
-        body=limits.body,
-        offload_above=limits.offload_above,
-        parse_budget=limits.parse_budget,
+        body=bounds.body,
+        offload_above=bounds.offload_above,
+        parse_budget=bounds.parse_budget,
         trusted_proxies=settings.trusted_proxies,
         media=MediaRules(
             hosts=frozenset(host.lower() for host in media.hosts) if media.remote == "engine" else frozenset(),
@@ -363,8 +363,8 @@ def edge_rules(settings: Settings) -> EdgeRules:
             write=timeouts.write,
             heartbeat_after=settings.stream.heartbeat_after,
             retries=settings.stream.retries,
-            response=limits.response,
-            event=limits.event,
+            response=bounds.response,
+            event=bounds.event,
         ),
     )
 

@@ -385,7 +385,7 @@ class Timeouts(Section):
     """For a client that does not read to take the next bytes."""
 
 
-class EdgeLimits(Section):
+class Bounds(Section):
     """The most one client, or all of them together, may make this process hold."""
 
     body: Size = 10 * MIB
@@ -522,7 +522,7 @@ class Settings(BaseSettings):
     """Engines to run on this machine."""
     timeouts: Timeouts = Timeouts()
     """How long to wait for each step of a request."""
-    limits: EdgeLimits = EdgeLimits()
+    bounds: Bounds = Bounds()
     """The most this process may be made to hold."""
     stream: Stream = Stream()
     """How streamed answers are relayed."""

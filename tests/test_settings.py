@@ -128,7 +128,7 @@ def test_every_kind_of_value_comes_out_of_the_environment(monkeypatch: pytest.Mo
     for name, value in {
         "LISTEN__TLS__CERTIFICATE": "/tls/cert.pem",
         "LISTEN__TLS__PRIVATE_KEY": "/tls/key.pem",
-        "LIMITS__BODY": "20MB",
+        "BOUNDS__BODY": "20MB",
         "TIMEOUTS__IDLE": "2m",
         "ADMIN__ENABLED": "false",
         "UPSTREAMS": '[{"url": "http://engine:8000"}]',
@@ -139,7 +139,7 @@ def test_every_kind_of_value_comes_out_of_the_environment(monkeypatch: pytest.Mo
     settings = load(None)
     assert settings.listen.tls is not None
     assert settings.listen.tls.private_key == Path("/tls/key.pem")
-    assert (settings.limits.body, settings.timeouts.idle, settings.admin.enabled) == (20_000_000, 120.0, False)
+    assert (settings.bounds.body, settings.timeouts.idle, settings.admin.enabled) == (20_000_000, 120.0, False)
     assert [upstream.url for upstream in settings.upstreams] == ["http://engine:8000"]
     assert settings.trusted_proxies == (ip_network("10.0.0.0/8"),)
     assert settings.data_dir == Path.home() / "forebay"
@@ -276,15 +276,15 @@ def test_all_mistakes_are_reported_together_with_full_paths() -> None:
             "listen": {"prot": 1, "face": "fast"},
             "auht": "none",
             "timeouts": {"connect": 0, "idle": "soon"},
-            "limits": 5,
+            "bounds": 5,
             "upstreams": [{"url": "http://a"}, {}],
             "keys": {"name": "a"},
         }
     )
     assert sorted(said) == [
         "auht: unknown key; did you mean auth?",
+        "bounds: should be a mapping of keys to values",
         "keys: should be a list",
-        "limits: should be a mapping of keys to values",
         "listen.face: should be 'protocol' or 'asgi'",
         "listen.prot: unknown key; did you mean listen.port?",
         "timeouts.connect: should be more than zero",
@@ -535,9 +535,7 @@ def test_the_schema_takes_what_the_loader_takes() -> None:
     for text in ("15s", "500ms", "1h30m", "15"):
         assert re.search(pattern, text)
         parse_duration(text)
-    (pattern,) = [
-        arm["pattern"] for arm in definitions["EdgeLimits"]["properties"]["body"]["anyOf"] if "pattern" in arm
-    ]
+    (pattern,) = [arm["pattern"] for arm in definitions["Bounds"]["properties"]["body"]["anyOf"] if "pattern" in arm]
     for text in ("10MB", "256KB", "1MiB", "1024"):
         assert re.search(pattern, text)
         parse_size(text)
@@ -571,11 +569,11 @@ def test_differences_tell_what_needs_a_restart(tmp_path: Path) -> None:
             "data_dir": str(tmp_path),
             "engines": [{"name": "e"}],
             "upstreams": [{"url": "http://a"}],
-            "limits": {"body": "1MB"},
+            "bounds": {"body": "1MB"},
         },
     )
     changes = diff(old, new)
-    assert changes.live == ["upstreams", "limits.body", "log.level"]
+    assert changes.live == ["upstreams", "bounds.body", "log.level"]
     assert changes.needs_restart == [
         "listen.port", "admin.enabled", "engines", "log.file", "state.key_cache", "data_dir"
     ]  # fmt: skip

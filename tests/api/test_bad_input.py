@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr
 
 from gateway.api.routes import RELAYED
-from gateway.settings import Caps, EdgeLimits, KeySettings, Timeouts
+from gateway.settings import Bounds, Caps, KeySettings, Timeouts
 from tests.conftest import Connect
 from tests.support.client import RawClient, Response
 from tests.support.gateway import AUTH, CHAT, JSON, MODEL, Gateway, StartGateway, chat, post_bytes, relayed
@@ -162,7 +162,7 @@ async def test_a_body_over_the_limit_is_refused_by_its_length(
     start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
     """The answer comes on the head alone: nothing of the body is read, and nobody was told to send it."""
-    gateway = await start_gateway(upstream, limits=EdgeLimits(body=1000))
+    gateway = await start_gateway(upstream, bounds=Bounds(body=1000))
     for extra in ([], [("expect", "100-continue")]):
         client = await connect(gateway.url)
         client.send(head_of(CHAT, ("content-length", "1001"), *extra))
@@ -179,7 +179,7 @@ async def test_a_refused_body_may_be_sent_to_its_end(
     start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
     """A client that writes its whole body first still gets to read the answer: no reset overtakes it."""
-    gateway = await start_gateway(upstream, limits=EdgeLimits(body=1000))
+    gateway = await start_gateway(upstream, bounds=Bounds(body=1000))
     client = await connect(gateway.url)
     client.post(CHAT, chat(user="x" * 3_000_000), AUTH)
     answer = await client.response()
@@ -191,7 +191,7 @@ async def test_a_chunked_body_is_refused_as_it_grows(
     start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
     """Without a length the limit is noticed at the first byte too many, not at the end."""
-    gateway = await start_gateway(upstream, limits=EdgeLimits(body=1000))
+    gateway = await start_gateway(upstream, bounds=Bounds(body=1000))
     client = await connect(gateway.url)
     client.send(head_of(CHAT, ("transfer-encoding", "chunked")) + encode_chunk(b"x" * 1000))
     await client.send_pieces([encode_chunk(b"y")])
@@ -203,7 +203,7 @@ async def test_a_chunked_body_is_refused_as_it_grows(
 
 
 async def test_a_body_of_exactly_the_limit_passes(start_gateway: StartGateway, upstream: ScriptedUpstream) -> None:
-    gateway = await start_gateway(upstream, limits=EdgeLimits(body=1000))
+    gateway = await start_gateway(upstream, bounds=Bounds(body=1000))
     upstream.always(GOOD, path=CHAT)
     body = json.dumps(chat()).encode().ljust(1000)
     assert (await gateway.ask(body)).status == 200
@@ -216,7 +216,7 @@ async def test_a_key_may_have_a_smaller_limit(start_gateway: StartGateway, upstr
         KeySettings(name=name, key=SecretStr(f"fb-{name}"), caps=Caps(body=size))
         for name, size in (("small", 500), ("large", 50_000))
     )
-    gateway = await start_gateway(upstream, keys=keys, limits=EdgeLimits(body=1000))
+    gateway = await start_gateway(upstream, keys=keys, bounds=Bounds(body=1000))
     upstream.always(GOOD, path=CHAT)
     wanted = {("small", 500): 200, ("small", 501): 413, ("large", 1000): 200, ("large", 1001): 413}
     for (name, size), status in wanted.items():
@@ -228,8 +228,8 @@ async def test_large_bodies_together_are_bounded(
     start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
     """The process holds so many bytes of large bodies; what would be more is told to come back, and then it may."""
-    limits = EdgeLimits(offload_above=10_000, parse_budget=50_000)
-    gateway = await start_gateway(upstream, limits=limits)
+    bounds = Bounds(offload_above=10_000, parse_budget=50_000)
+    gateway = await start_gateway(upstream, bounds=bounds)
     upstream.always(GOOD, path=CHAT)
     first = await connect(gateway.url)
     first.send(head_of(CHAT, ("content-length", "40000")))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gateway.api.protocol import LINGER, LINGER_BYTES, MAX_PIPELINED
-from gateway.settings import EdgeLimits, Listen, Tls
+from gateway.settings import Bounds, Listen, Tls
 from tests.conftest import Connect
 from tests.support.client import RawClient, Response, request_bytes
 from tests.support.gateway import AUTH, CHAT, JSON, MODEL, Face, Gateway, StartGateway, chat, post_bytes, relayed, until
@@ -215,7 +215,7 @@ async def test_too_many_headers_are_refused(
     start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect, path: str
 ) -> None:
     """By their number, in one read or many; exactly the limit passes."""
-    gateway = await start_gateway(upstream, limits=EdgeLimits(header_count=20))
+    gateway = await start_gateway(upstream, bounds=Bounds(header_count=20))
     upstream.always(GOOD, path=CHAT)
     # host, content-length, content-type and key are four of them.
     more = [(f"x-{index}", "1") for index in range(17)]
@@ -234,7 +234,7 @@ async def test_too_many_headers_are_refused(
 async def test_too_large_headers_are_refused(
     start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect, path: str
 ) -> None:
-    gateway = await start_gateway(upstream, limits=EdgeLimits(header_bytes=4096))
+    gateway = await start_gateway(upstream, bounds=Bounds(header_bytes=4096))
     client = await connect(gateway.url)
     client.send(request_bytes("POST", path, [*JSON, *AUTH, ("x-large", "y" * 4096)], BODY))
     answer = await client.response()
@@ -441,7 +441,7 @@ async def test_bodies_that_wait_are_bounded_together(
 
     On the ASGI face uvicorn stops reading beyond 64 KiB instead.
     """
-    gateway = await start_gateway(upstream, limits=EdgeLimits(body=100_000))
+    gateway = await start_gateway(upstream, bounds=Bounds(body=100_000))
     gate = Gate()
     upstream.always(STREAM.do(gate, STREAM.after_frame(1)), path=CHAT)
     client = await connect(gateway.url)
@@ -640,7 +640,7 @@ async def test_there_may_be_only_so_many_connections(
     start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
     """One too many is told so at once; a place that becomes free can be taken."""
-    gateway = await start_gateway(upstream, limits=EdgeLimits(connections=2))
+    gateway = await start_gateway(upstream, bounds=Bounds(connections=2))
     clients = [await connect(gateway.url) for _ in range(2)]
     for client in clients:
         client.send(HEALTH)

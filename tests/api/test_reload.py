@@ -129,7 +129,7 @@ async def test_opening_the_gateway_to_everybody_is_said(start_gateway: StartGate
     file.write(auth="none")
     assert await gateway.replica.reload() == []
     assert len(gateway.lines("open_to_everybody")) == 1
-    file.write(limits={"body": 1000})
+    file.write(bounds={"body": 1000})
     assert await gateway.replica.reload() == []
     assert len(gateway.lines("open_to_everybody")) == 1, "once is enough"
 
@@ -255,7 +255,7 @@ async def test_a_wrong_file_is_refused_whole(
 ) -> None:
     """Every problem is logged, and nothing of the file takes effect, not even what was right in it."""
     gateway = await start_gateway(path=file.path)
-    file.write(**{"limits": {"body": 10}, **sections})
+    file.write(**{"bounds": {"body": 10}, **sections})
     problems = await gateway.replica.reload()
     assert len(problems) == 1
     assert told in problems[0]
@@ -332,7 +332,7 @@ async def test_what_waits_for_a_restart_is_said(start_gateway: StartGateway, fil
     file.write(
         listen={**file.tree["listen"], "port": free_port(), "keep_alive": "10s"},
         log={"file": str(tmp_path / "other.jsonl")},
-        limits={"body": 10},
+        bounds={"body": 10},
     )
     assert await gateway.replica.reload() == []
     assert await status(gateway) == 413
@@ -350,7 +350,7 @@ async def test_limits_and_time_outs_take_effect(
     kept.request("GET", "/health/live")
     assert (await kept.response()).status == 200
     file.write(
-        limits={"header_count": 5, "header_bytes": 500, "connections": 2, "body": 200},
+        bounds={"header_count": 5, "header_bytes": 500, "connections": 2, "body": 200},
         timeouts={"headers": 1, "body": 1, "first_byte": 7},
         stream={"heartbeat_after": 3},
     )

@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr
 
 from gateway.api.routes import RELAYED
-from gateway.settings import EdgeLimits, KeySettings, Stream
+from gateway.settings import Bounds, KeySettings, Stream
 from tests.conftest import Connect
 from tests.support.client import Response
 from tests.support.gateway import AUTH, CHAT, MODEL, Gateway, StartGateway, chat, relayed, serving
@@ -193,7 +193,7 @@ async def test_refusals_on_the_anthropic_path_speak_its_dialect(
 ) -> None:
     """Each kind of refusal before an engine is asked."""
     limited = KeySettings(name="limited", key=SecretStr("fb-limited"), models=("other",))
-    gateway = await start_gateway(upstream, keys=(limited,), limits=EdgeLimits(body=1000))
+    gateway = await start_gateway(upstream, keys=(limited,), bounds=Bounds(body=1000))
     key = [("x-api-key", "fb-limited")]
     asked: list[tuple[Any, list[tuple[str, str]], int, str]] = [
         (chat(), [], 401, "authentication_error"),
@@ -383,7 +383,7 @@ async def test_typed_events_keep_their_type(gateway: Gateway, upstream: Scripted
 
 async def test_every_answer_has_an_id_of_its_own(start_gateway: StartGateway, upstream: ScriptedUpstream) -> None:
     """Also what is refused before or instead of being read as a request, and what FastAPI answers."""
-    gateway = await start_gateway(upstream, limits=EdgeLimits(body=1000, header_count=20))
+    gateway = await start_gateway(upstream, bounds=Bounds(body=1000, header_count=20))
     upstream.always(play(load("vllm", "chat_basic")), path=CHAT)
     many = [(f"x-{index}", "1") for index in range(30)]
     answers = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gateway.settings import EdgeLimits, Upstream
+from gateway.settings import Bounds, Upstream
 from tests.conftest import Connect
 from tests.support.client import RawClient
 from tests.support.gateway import (
@@ -209,7 +209,7 @@ async def test_while_a_step_waits(
     start_gateway: StartGateway, upstream: ScriptedUpstream, connect: Connect, leave: Leave
 ) -> None:
     """A large body is being read in a thread: the step is dropped, and its result, when it comes, starts nothing."""
-    gateway = await start_gateway(upstream, limits=EdgeLimits(offload_above=100))
+    gateway = await start_gateway(upstream, bounds=Bounds(offload_above=100))
     held = HeldExecutor()
     gateway.replica.edge._executor = held
     client = await connect(gateway.url)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.settings import EdgeLimits
+from gateway.settings import Bounds
 from tests.conftest import Connect
 from tests.support.client import RawClient, Response
 from tests.support.gateway import (
@@ -232,7 +232,7 @@ async def test_large_answers_and_requests_pass(gateway: Gateway, upstream: Scrip
 
 async def test_an_answer_larger_than_allowed_is_a_502(start_gateway: StartGateway, upstream: ScriptedUpstream) -> None:
     """What is read before the status is known is bounded."""
-    gateway = await start_gateway(upstream, limits=EdgeLimits(response=1000))
+    gateway = await start_gateway(upstream, bounds=Bounds(response=1000))
     upstream.queue(json_answer(b'"%b"' % (b"x" * 2000)), Answer(500, pieces=[b"x" * 2_000_000]).script(), path=CHAT)
     for bound in (1000, 1 << 20):
         answer = await gateway.ask(chat())

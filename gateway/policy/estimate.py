@@ -1,0 +1,140 @@
+"""How large a request will be, learned from how large those before it were.
+
+Rule 1: an estimate is a high quantile of what was seen, so that few requests take more than was reserved for them.
+Rule 2: it is never more than what was stated.
+Rule 3: what is learned is bounded: so many subjects, each of a fixed size, and what is old counts for less.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import msgspec
+
+QUANTILE = 0.9
+ENOUGH = 8
+"""Observations before what was learned counts."""
+HALVED_AT = 256
+"""Observations after which what is old counts half."""
+MOST_SUBJECTS = 20_000
+
+TOKENS_PER_BYTE = 0.35
+"""Of a prompt in a model nobody has used yet: more than any usual text has."""
+TOKENS_PER_PART = 1500
+"""Of an image or the like in a model nobody has shown one."""
+TEMPLATE = 64
+"""Tokens a chat template adds to a prompt that is next to nothing."""
+_BINS = 56
+
+
+class Sketch(msgspec.Struct):
+    """How often values of each size were seen: bins of half a doubling, with the largest value of each.
+
+    Owned by one ``Estimator``; a value object would be a hundred numbers copied for each request.
+    """
+
+    counts: list[float]
+    largest: list[float]
+    total: float = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value of at least 0."""
+        at = _bin(value)
+        self.counts[at] += 1
+        self.largest[at] = max(value, self.largest[at])
+        self.total += 1
+        if self.total >= HALVED_AT:
+            self._halve()
+
+    def _halve(self) -> None:
+        self.total = 0.0
+        for at, count in enumerate(self.counts):
+            left = count / 2 if count >= 1 else 0.0
+            self.counts[at] = left
+            self.total += left
+            if not left:
+                self.largest[at] = 0.0
+
+    def quantile(self, part: float) -> float:
+        """Return a value that ``part`` of what was seen does not exceed."""
+        left = self.total * part
+        for count, largest in zip(self.counts, self.largest, strict=True):
+            left -= count
+            if left <= 0 and count:
+                return largest
+        return max(self.largest)
+
+
+def _bin(value: float) -> int:
+    # Twice the exponent of its 64ths, and one more in the upper half of a doubling.
+    whole = int(value * 64)
+    bits = whole.bit_length()
+    upper = bits > 1 and (whole >> (bits - 2)) & 1
+    return min(_BINS - 1, 2 * bits + int(upper))
+
+
+def empty() -> Sketch:
+    """Return a sketch of nothing."""
+    return Sketch([0.0] * _BINS, [0.0] * _BINS)
+
+
+class Estimator:
+    """What was learned of prompts by model, and of answers by key and model."""
+
+    def __init__(self, most: int = MOST_SUBJECTS) -> None:
+        self._most = most
+        self._sketches: OrderedDict[tuple[str, str], Sketch] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sketches)
+
+    def prompt(self, model: str, size: int, parts: int = 0) -> int:
+        """Return the tokens a prompt of ``size`` bytes and ``parts`` images or the like probably has at most."""
+        tokens = TEMPLATE + size * self._learned(("bytes", model), TOKENS_PER_BYTE)
+        if parts:
+            tokens += parts * self._learned(("parts", model), TOKENS_PER_PART)
+        return int(tokens)
+
+    def output(self, key: str, model: str, stated: int | None, assumed: int) -> int:
+        """Return the tokens one answer probably has at most; ``assumed`` where nothing is stated or learned."""
+        learned = self._learned((key, model), -1.0)
+        if learned < 0:
+            learned = self._learned(("", model), -1.0)
+        if learned < 0:
+            return assumed if stated is None else stated
+        likely = max(1, round(learned))
+        return likely if stated is None else min(stated, likely)
+
+    def per_event(self, model: str) -> float:
+        """Return the tokens an event of a stream stands for."""
+        return self._learned(("events", model), 1.0)
+
+    def learn(
+        self, key: str, model: str, size: int, parts: int, prompt: int, output: int, answers: int, events: int
+    ) -> None:
+        """Take what a request really used; ``events`` of its stream, 0 for none."""
+        if size and not parts:
+            self._sketch(("bytes", model)).add(max(0, prompt - TEMPLATE) / size)
+        elif parts:
+            text = size * self._learned(("bytes", model), TOKENS_PER_BYTE)
+            self._sketch(("parts", model)).add(max(0.0, prompt - text) / parts)
+        if output:
+            each = output / max(1, answers)
+            self._sketch((key, model)).add(each)
+            self._sketch(("", model)).add(each)
+            if events:
+                self._sketch(("events", model)).add(output / events)
+
+    def _learned(self, subject: tuple[str, str], otherwise: float) -> float:
+        sketch = self._sketches.get(subject)
+        return otherwise if sketch is None or sketch.total < ENOUGH else sketch.quantile(QUANTILE)
+
+    def _sketch(self, subject: tuple[str, str]) -> Sketch:
+        sketch = self._sketches.get(subject)
+        if sketch is None:
+            if len(self._sketches) >= self._most:
+                self._sketches.popitem(last=False)
+            sketch = self._sketches[subject] = empty()
+        else:
+            self._sketches.move_to_end(subject)
+        return sketch

@@ -1,0 +1,136 @@
+"""Several buckets at once: a request takes what it needs from all of them or from none.
+
+Rule 1: a refusal changes no level. What it leaves is a promise: the time it was told, and that what the request needs
+        then is kept for it until a little later. A promise is asked for by ``who`` (not 0).
+Rule 2: newcomers get what nobody was promised; who comes back in time gets what only those before it were promised.
+Rule 3: what is given back may be less than nothing: that is a debt, which the refill pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from gateway.policy.token_bucket import NEVER, SECOND, Bucket, Promise, Shape, refill, spare, wait
+
+GRACE = 2 * SECOND
+"""How much later than promised somebody may come back."""
+FARTHEST = 60 * SECOND
+"""Beyond this no SDK waits, so nothing is promised."""
+MOST_PROMISES = 256
+"""Promises one bucket keeps; who is refused beyond that is told a time, but nothing is kept for it."""
+
+
+class Need(msgspec.Struct, frozen=True, gc=False):
+    """What is asked of one bucket: at least ``amount``, and ``more`` beside it if there is plenty (a lease)."""
+
+    shape: Shape
+    amount: int
+    more: int = 0
+
+
+class Taken(msgspec.Struct, frozen=True, gc=False):
+    """It fits: the buckets afterwards, and what was taken from each."""
+
+    buckets: tuple[Bucket, ...]
+    amounts: tuple[int, ...]
+
+
+class Short(msgspec.Struct, frozen=True, gc=False):
+    """It does not: the buckets with their levels unchanged, which one was the last to have enough, and in how many
+    microseconds (``NEVER``: nobody can tell). ``early``: it was promised a later time."""
+
+    buckets: tuple[Bucket, ...]
+    index: int
+    wait: int
+    early: bool = False
+
+
+def take(needs: Sequence[Need], buckets: Sequence[Bucket], now: int, who: int = 0, sharers: int = 1) -> Taken | Short:
+    """Take what is needed from every bucket or say when it will be there. ``sharers`` are those who lease."""
+    current = [
+        _without_expired(refill(need.shape, bucket, now), now) for need, bucket in zip(needs, buckets, strict=True)
+    ]
+    free = [
+        spare(need.shape, bucket) - (_kept(bucket, who, now) if bucket.promises else 0)
+        for need, bucket in zip(needs, current, strict=True)
+    ]
+    for need, left in zip(needs, free, strict=True):
+        if left < need.amount:
+            return _refuse(needs, current, now, who)
+    amounts = []
+    after = []
+    for need, bucket, left in zip(needs, current, free, strict=True):
+        amount = need.amount
+        if need.more:
+            # Half of what is left, shared among all: the nearer the end, the smaller the share.
+            amount += min(need.more, (left - amount) // (2 * sharers))
+        amounts.append(amount)
+        promises = _without(bucket.promises, who) if bucket.promises else ()
+        after.append(Bucket(bucket.level - amount, bucket.at, bucket.part, bucket.epoch, promises))
+    return Taken(tuple(after), tuple(amounts))
+
+
+def give(shape: Shape, bucket: Bucket, amount: int, now: int) -> Bucket:
+    """Return a bucket to which ``amount`` was given back; below zero, it is taken even where that is a debt."""
+    bucket = refill(shape, bucket, now)
+    level = min(bucket.level + amount, 0 if shape.slots else shape.capacity)
+    return Bucket(level, bucket.at, bucket.part, bucket.epoch, bucket.promises)
+
+
+def _refuse(needs: Sequence[Need], buckets: list[Bucket], now: int, who: int) -> Short:
+    mine = _promised(buckets, who)
+    if mine is not None and now < mine.due:
+        index = next(i for i, bucket in enumerate(buckets) if mine in bucket.promises)
+        return Short(tuple(buckets), index, mine.due - now, early=True)
+    longest, index = -1, 0
+    for position, (need, bucket) in enumerate(zip(needs, buckets, strict=True)):
+        kept = _kept(bucket, who, now) if bucket.promises else 0
+        if spare(need.shape, bucket) - kept < need.amount:
+            told = wait(need.shape, bucket, need.amount + kept, now)
+            if told > longest:
+                longest, index = told, position
+    if not who or longest > FARTHEST or any(len(bucket.promises) >= MOST_PROMISES for bucket in buckets):
+        return Short(tuple(buckets), index, longest)
+    due = now + longest
+    noted = [
+        Bucket(
+            bucket.level,
+            bucket.at,
+            bucket.part,
+            bucket.epoch,
+            (*_without(bucket.promises, who), Promise(due, due + GRACE, need.amount, who)),
+        )
+        for need, bucket in zip(needs, buckets, strict=True)
+    ]
+    return Short(tuple(noted), index, longest)
+
+
+def _promised(buckets: Sequence[Bucket], who: int) -> Promise | None:
+    if who:
+        for bucket in buckets:
+            for promise in bucket.promises:
+                if promise.who == who:
+                    return promise
+    return None
+
+
+def _kept(bucket: Bucket, who: int, now: int) -> int:
+    """Return what is promised to others: to all of them, or once its own time has come to those before it."""
+    before = NEVER
+    for promise in bucket.promises:
+        if who and promise.who == who and now >= promise.due:
+            before = promise.due
+    return sum(promise.amount for promise in bucket.promises if promise.due < before and promise.who != who)
+
+
+def _without(promises: tuple[Promise, ...], who: int) -> tuple[Promise, ...]:
+    return tuple(promise for promise in promises if promise.who != who)
+
+
+def _without_expired(bucket: Bucket, now: int) -> Bucket:
+    if not bucket.promises or all(promise.until > now for promise in bucket.promises):
+        return bucket
+    alive = tuple(promise for promise in bucket.promises if promise.until > now)
+    return Bucket(bucket.level, bucket.at, bucket.part, bucket.epoch, alive)

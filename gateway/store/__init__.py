@@ -1,0 +1,1 @@
+"""Where limits live: what a bucket holds, shared among replicas or not."""

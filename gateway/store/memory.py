@@ -1,0 +1,82 @@
+"""Buckets in the memory of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from gateway.policy.reservation import Need, Short, give, take
+from gateway.policy.token_bucket import Bucket, Shape, fresh, refill
+from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
+
+MOST_BUCKETS = 100_000
+"""Beyond so many, those that hold what a new one would are forgotten."""
+_LOOKED_AT = 8
+"""Old buckets looked at for each new one, so that a limit per client address stays within bounds."""
+
+
+class MemoryStore:
+    """Every bucket of one replica. ``clock`` returns microseconds since 1970."""
+
+    standing = Standing.STORE
+
+    def __init__(self, clock: Callable[[], int], most: int = MOST_BUCKETS) -> None:
+        self._clock = clock
+        self._most = most
+        self._buckets: dict[str, tuple[Shape, Bucket]] = {}
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def reserve(self, draws: Sequence[Draw], who: int) -> Verdict:
+        """Take every draw, or none."""
+        now = self._clock()
+        known = self._buckets
+        needs, before = [], []
+        for draw in draws:
+            shape = draw.shape
+            found = known.get(draw.bucket)
+            before.append(fresh(shape, now) if found is None else found[1])
+            needs.append(Need(shape, draw.amount))
+        taken = take(needs, before, now, who)
+        for draw, bucket in zip(draws, taken.buckets, strict=True):
+            self._keep(draw, bucket, now)
+        if isinstance(taken, Short):
+            return Refused(taken.buckets, taken.index, taken.wait, taken.early)
+        return Granted(taken.buckets)
+
+    def settle(self, draws: Sequence[Draw]) -> None:
+        """Give back at once."""
+        now = self._clock()
+        for draw in draws:
+            found = self._buckets.get(draw.bucket)
+            bucket = fresh(draw.shape, now) if found is None else found[1]
+            self._keep(draw, give(draw.shape, bucket, draw.amount, now), now)
+
+    async def look(self, draws: Sequence[Draw]) -> tuple[Bucket, ...]:
+        """Return what the buckets hold now."""
+        now = self._clock()
+        found = ((draw.shape, self._buckets.get(draw.bucket)) for draw in draws)
+        return tuple(fresh(shape, now) if kept is None else refill(shape, kept[1], now) for shape, kept in found)
+
+    async def start(self) -> None:
+        """Nothing has to be reached."""
+
+    async def stop(self) -> None:
+        """Nothing outlives the process."""
+
+    def _keep(self, draw: Draw, bucket: Bucket, now: int) -> None:
+        known = self._buckets
+        if draw.bucket not in known and len(known) >= self._most:
+            self._forget(now)
+        known[draw.bucket] = (draw.shape, bucket)
+
+    def _forget(self, now: int) -> None:
+        """Forget what a new bucket would be like; past twice the bound the oldest, whatever they hold."""
+        known = self._buckets
+        for name in list(islice(known, _LOOKED_AT)):
+            shape, bucket = known.pop(name)
+            there = refill(shape, bucket, now)
+            is_new = there.level == (0 if shape.slots else shape.capacity) and not there.promises
+            if not is_new and (shape.slots or len(known) < 2 * self._most):
+                known[name] = (shape, there)

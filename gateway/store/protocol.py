@@ -1,0 +1,88 @@
+"""What the serving side asks of a store of buckets.
+
+Rule 1: a reservation is all or nothing, and a refusal changes no level.
+Rule 2: settling never waits: what is given back is noted here and carried on by the store's own time.
+Rule 3: a store answers within its stated time, whatever becomes of what is behind it; then it says by whose word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from gateway.policy.token_bucket import Bucket, Shape
+
+
+class Standing(enum.StrEnum):
+    """By whose word requests are let in; a metric label and a header's value."""
+
+    STORE = "store"
+    DEGRADED = "degraded"
+    """The store is lost; each replica gives out its own share of every limit."""
+    OPEN = "open"
+    """The store is lost; everybody is let in."""
+    CLOSED = "closed"
+    """The store is lost; nobody is."""
+
+
+class Draw(msgspec.Struct, frozen=True, gc=False):
+    """What a request takes from one bucket, or gives back to it: ``amount`` in 1/1000."""
+
+    bucket: str
+    shape: Shape
+    amount: int
+
+
+class Granted(msgspec.Struct, frozen=True, gc=False):
+    """The reservation holds. ``buckets`` are what is known of them afterwards, in the order of the draws."""
+
+    buckets: tuple[Bucket, ...]
+    standing: Standing = Standing.STORE
+
+
+class Refused(msgspec.Struct, frozen=True, gc=False):
+    """It does not hold: draw number ``index`` is the last that will fit, in ``wait`` microseconds (``NEVER``: nobody
+    can tell). ``early``: whoever asks was told a later time before."""
+
+    buckets: tuple[Bucket, ...]
+    index: int
+    wait: int
+    early: bool = False
+    standing: Standing = Standing.STORE
+
+
+Verdict = Granted | Refused
+
+
+class Store(Protocol):
+    """Buckets by name. What it was given with ``settle`` it never loses while its process lives."""
+
+    @property
+    def standing(self) -> Standing:
+        """By whose word it answers now."""
+        ...
+
+    def reserve(self, draws: Sequence[Draw], who: int) -> Verdict | asyncio.Future[Verdict]:
+        """Take every draw, or none. ``who`` (not 0) stands for the request and its repetitions: a refused one is
+        promised its time. A future that is cancelled gives back what it would have been granted."""
+        ...
+
+    def settle(self, draws: Sequence[Draw]) -> None:
+        """Give back what was reserved and not used; below zero: more was used, a debt."""
+        ...
+
+    async def look(self, draws: Sequence[Draw]) -> tuple[Bucket, ...]:
+        """Return what the buckets hold, for people; the amounts do not matter."""
+        ...
+
+    async def start(self) -> None:
+        """Begin: a store that cannot be reached is no error, only a standing."""
+        ...
+
+    async def stop(self) -> None:
+        """Carry on what is noted, return what is leased, and end."""
+        ...
