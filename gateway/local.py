@@ -534,11 +534,13 @@ def replica_command(plan: Plan) -> list[str]:
 def replica_environment(plan: Plan, specs: Sequence[LaunchSpec], controls: Sequence[Path]) -> dict[str, str]:
     """What the replica is told beyond the file: the command line's words, and the engines of this machine, each with
     where its minder is spoken to."""
+    pools = {engine.name: engine.pool for engine in plan.settings.engines if engine.pool is not None}
     upstreams = [
         *(_upstream_tree(upstream) for upstream in plan.settings.upstreams),
         *(
             {"url": str(spec.address), "engine": spec.kind, "name": spec.name, "minder": f"unix:{control}"}
             | ({"api_key": spec.api_key} if spec.api_key else {})
+            | ({"pool": pools[spec.name]} if spec.name in pools else {})
             for spec, control in zip(specs, controls, strict=True)
         ),
     ]

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -36,6 +36,7 @@ from engines.launch import AdapterSlots, LaunchSpec, Parallel
 from engines.minder import Address
 from engines.registry import ENGINES
 from engines.simulation.profiles import PROFILES
+from gateway.limits import Limits, LimitSet
 from gateway.values import (
     KIB,
     MIB,
@@ -48,6 +49,7 @@ from gateway.values import (
     Network,
     Port,
     PositiveDuration,
+    Section,
     Size,
     UpstreamUrl,
     UserPath,
@@ -62,14 +64,6 @@ ENV_PREFIX = "FOREBAY_"
 
 
 # --- the tree ----------------------------------------------------------------------------------------------------
-
-
-class Section(BaseModel):
-    """One mapping of the file: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True, validate_default=False
-    )
 
 
 class Tls(Section):
@@ -156,6 +150,8 @@ class KeySettings(Section):
     """Keys of one trust domain may share an engine's prefix cache."""
     admin: bool = False
     """Whether it may use the admin API: see, drain and restart engines."""
+    limits: LimitSet | None = None
+    """What it may use; what is left out is its tenant's, its organisation's or the default."""
 
     @model_validator(mode="after")
     def _one_source(self) -> KeySettings:
@@ -187,6 +183,8 @@ class Upstream(Section):
     """What kind of engine answers there."""
     name: Name | None = None
     """Its name in logs and metrics; the URL when left out."""
+    pool: Name | None = None
+    """The pool of engines it belongs to; a pool can be limited as a whole."""
     api_key: SecretStr | None = None
     """The engine's own key."""
     api_key_file: UserPath | None = None
@@ -316,6 +314,8 @@ class LocalEngine(Section):
     """How the weights are stored; what the model's files say when left out."""
     max_running: Count | None = None
     """Requests it works on at once; the engine's choice when left out."""
+    pool: Name | None = None
+    """The pool of engines it belongs to; a pool can be limited as a whole."""
     max_queued: Count | None = None
     """Requests that may wait in it; more are offered to another engine. Unbounded when left out."""
     adapters: LocalAdapters | None = None
@@ -522,6 +522,8 @@ class Settings(BaseSettings):
     """Engines to run on this machine."""
     timeouts: Timeouts = Timeouts()
     """How long to wait for each step of a request."""
+    limits: Limits = Limits()
+    """What whom may use how much of."""
     bounds: Bounds = Bounds()
     """The most this process may be made to hold."""
     stream: Stream = Stream()

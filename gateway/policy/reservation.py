@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from gateway.policy.token_bucket import NEVER, SECOND, Bucket, Promise, Shape, refill, spare, wait
+from gateway.policy.token_bucket import SECOND, Bucket, Promise, Shape, refill, spare, wait
 
 GRACE = 2 * SECOND
 """How much later than promised somebody may come back."""
@@ -47,18 +47,23 @@ class Short(msgspec.Struct, frozen=True, gc=False):
     early: bool = False
 
 
-def take(needs: Sequence[Need], buckets: Sequence[Bucket], now: int, who: int = 0, sharers: int = 1) -> Taken | Short:
-    """Take what is needed from every bucket or say when it will be there. ``sharers`` are those who lease."""
-    current = [
-        _without_expired(refill(need.shape, bucket, now), now) for need, bucket in zip(needs, buckets, strict=True)
-    ]
+def take(
+    needs: Sequence[Need], buckets: Sequence[Bucket], now: int, who: int = 0, sharers: int = 1, *, first: bool = False
+) -> Taken | Short:
+    """Take what is needed from every bucket or say when it will be there.
+
+    ``sharers`` are those who lease. ``first``: this is no repetition, so what was promised to the same ``who`` is for
+    others that look alike.
+    """
+    current = [_alive(refill(need.shape, bucket, now), now) for need, bucket in zip(needs, buckets, strict=True)]
+    mine = None if first or not who else _promised(current, who)
     free = [
-        spare(need.shape, bucket) - (_kept(bucket, who, now) if bucket.promises else 0)
+        spare(need.shape, bucket) - (_kept(bucket, mine, now) if bucket.promises else 0)
         for need, bucket in zip(needs, current, strict=True)
     ]
     for need, left in zip(needs, free, strict=True):
         if left < need.amount:
-            return _refuse(needs, current, now, who)
+            return _refuse(needs, current, now, who, mine)
     amounts = []
     after = []
     for need, bucket, left in zip(needs, current, free, strict=True):
@@ -67,7 +72,7 @@ def take(needs: Sequence[Need], buckets: Sequence[Bucket], now: int, who: int = 
             # Half of what is left, shared among all: the nearer the end, the smaller the share.
             amount += min(need.more, (left - amount) // (2 * sharers))
         amounts.append(amount)
-        promises = _without(bucket.promises, who) if bucket.promises else ()
+        promises = _without(bucket.promises, mine)
         after.append(Bucket(bucket.level - amount, bucket.at, bucket.part, bucket.epoch, promises))
     return Taken(tuple(after), tuple(amounts))
 
@@ -79,14 +84,13 @@ def give(shape: Shape, bucket: Bucket, amount: int, now: int) -> Bucket:
     return Bucket(level, bucket.at, bucket.part, bucket.epoch, bucket.promises)
 
 
-def _refuse(needs: Sequence[Need], buckets: list[Bucket], now: int, who: int) -> Short:
-    mine = _promised(buckets, who)
+def _refuse(needs: Sequence[Need], buckets: list[Bucket], now: int, who: int, mine: Promise | None) -> Short:
     if mine is not None and now < mine.due:
         index = next(i for i, bucket in enumerate(buckets) if mine in bucket.promises)
         return Short(tuple(buckets), index, mine.due - now, early=True)
     longest, index = -1, 0
     for position, (need, bucket) in enumerate(zip(needs, buckets, strict=True)):
-        kept = _kept(bucket, who, now) if bucket.promises else 0
+        kept = _kept(bucket, mine, now) if bucket.promises else 0
         if spare(need.shape, bucket) - kept < need.amount:
             told = wait(need.shape, bucket, need.amount + kept, now)
             if told > longest:
@@ -100,7 +104,7 @@ def _refuse(needs: Sequence[Need], buckets: list[Bucket], now: int, who: int) ->
             bucket.at,
             bucket.part,
             bucket.epoch,
-            (*_without(bucket.promises, who), Promise(due, due + GRACE, need.amount, who)),
+            (*_without(bucket.promises, mine), Promise(due, due + GRACE, need.amount, who)),
         )
         for need, bucket in zip(needs, buckets, strict=True)
     ]
@@ -108,28 +112,32 @@ def _refuse(needs: Sequence[Need], buckets: list[Bucket], now: int, who: int) ->
 
 
 def _promised(buckets: Sequence[Bucket], who: int) -> Promise | None:
-    if who:
-        for bucket in buckets:
-            for promise in bucket.promises:
-                if promise.who == who:
-                    return promise
-    return None
+    """Return the first of the promises made to ``who``, as the first bucket that has one remembers it."""
+    found = None
+    for bucket in buckets:
+        for promise in bucket.promises:
+            if promise.who == who and (found is None or promise.due < found.due):
+                found = promise
+    return found
 
 
-def _kept(bucket: Bucket, who: int, now: int) -> int:
+def _kept(bucket: Bucket, mine: Promise | None, now: int) -> int:
     """Return what is promised to others: to all of them, or once its own time has come to those before it."""
-    before = NEVER
-    for promise in bucket.promises:
-        if who and promise.who == who and now >= promise.due:
-            before = promise.due
-    return sum(promise.amount for promise in bucket.promises if promise.due < before and promise.who != who)
+    if mine is None:
+        return sum(promise.amount for promise in bucket.promises)
+    if now >= mine.due:
+        return sum(promise.amount for promise in bucket.promises if promise.due < mine.due)
+    return sum(p.amount for p in bucket.promises if p.who != mine.who or p.due != mine.due)
 
 
-def _without(promises: tuple[Promise, ...], who: int) -> tuple[Promise, ...]:
-    return tuple(promise for promise in promises if promise.who != who)
+def _without(promises: tuple[Promise, ...], mine: Promise | None) -> tuple[Promise, ...]:
+    if mine is None or not promises:
+        return promises
+    return tuple(p for p in promises if p.who != mine.who or p.due != mine.due)
 
 
-def _without_expired(bucket: Bucket, now: int) -> Bucket:
+def _alive(bucket: Bucket, now: int) -> Bucket:
+    """Return the bucket without the promises nobody claimed in time."""
     if not bucket.promises or all(promise.until > now for promise in bucket.promises):
         return bucket
     alive = tuple(promise for promise in bucket.promises if promise.until > now)

@@ -28,7 +28,7 @@ class MemoryStore:
     def __len__(self) -> int:
         return len(self._buckets)
 
-    def reserve(self, draws: Sequence[Draw], who: int) -> Verdict:
+    def reserve(self, draws: Sequence[Draw], who: int, *, first: bool = False) -> Verdict:
         """Take every draw, or none."""
         now = self._clock()
         known = self._buckets
@@ -38,7 +38,7 @@ class MemoryStore:
             found = known.get(draw.bucket)
             before.append(fresh(shape, now) if found is None else found[1])
             needs.append(Need(shape, draw.amount))
-        taken = take(needs, before, now, who)
+        taken = take(needs, before, now, who, first=first)
         for draw, bucket in zip(draws, taken.buckets, strict=True):
             self._keep(draw, bucket, now)
         if isinstance(taken, Short):

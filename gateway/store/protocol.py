@@ -66,9 +66,10 @@ class Store(Protocol):
         """By whose word it answers now."""
         ...
 
-    def reserve(self, draws: Sequence[Draw], who: int) -> Verdict | asyncio.Future[Verdict]:
+    def reserve(self, draws: Sequence[Draw], who: int, *, first: bool = False) -> Verdict | asyncio.Future[Verdict]:
         """Take every draw, or none. ``who`` (not 0) stands for the request and its repetitions: a refused one is
-        promised its time. A future that is cancelled gives back what it would have been granted."""
+        promised its time. ``first`` says that this is no repetition, though it may look like one. A future that is
+        cancelled gives back what it would have been granted."""
         ...
 
     def settle(self, draws: Sequence[Draw]) -> None:

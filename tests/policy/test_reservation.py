@@ -114,7 +114,7 @@ def test_the_longest_wait_is_the_one_that_is_told() -> None:
 
 def test_whoever_was_refused_is_served_when_it_was_told_to_come_back_whatever_others_ask() -> None:
     buckets: tuple[Bucket, ...] = (Bucket(0, NOW),)
-    due = []
+    due: list[int] = []
     for who in range(1, 11):
         refused = short(take([need(2)], buckets, NOW, who))
         buckets = refused.buckets
@@ -146,6 +146,20 @@ def test_what_nobody_claims_is_free_again_after_a_grace() -> None:
     due = NOW + first.wait
     assert isinstance(take([need(2)], first.buckets, due + GRACE - 1 - 2 * SECOND, 8), Short)
     assert taken(take([need(2)], first.buckets, due + GRACE, 8)).buckets[0].promises == ()
+
+
+def test_requests_that_look_alike_have_a_promise_each() -> None:
+    buckets: tuple[Bucket, ...] = (Bucket(0, NOW),)
+    due: list[int] = []
+    for _ in range(5):
+        refused = short(take([need(2)], buckets, NOW, 7, first=True))
+        buckets, due = refused.buckets, [*due, NOW + refused.wait]
+    assert len({*due}) == 5
+    for at in due:
+        buckets = short(take([need(2)], buckets, at, 7, first=True)).buckets
+        buckets = (Bucket(buckets[0].level, buckets[0].at, buckets[0].part, 0, buckets[0].promises[:-1]),)
+        buckets = taken(take([need(2)], buckets, at, 7)).buckets
+    assert buckets[0].promises == ()
 
 
 def test_nothing_is_kept_for_somebody_who_will_not_come_back_in_time() -> None:
