@@ -31,11 +31,13 @@ from gateway.api.rest import SmallBodies, WithRequestId, admin_app, public_app
 from gateway.api.routes import RELAYED
 from gateway.finder import Finder
 from gateway.keyring import Keyring
+from gateway.limits import declared
 from gateway.listener import Listener, ListenError, bind, bind_unix
 from gateway.log import Log
 from gateway.metrics import Metrics
 from gateway.policy.breaker import BreakerRules
 from gateway.serving.deadlines import Deadlines
+from gateway.serving.limiter import Limiter
 from gateway.serving.minded import Minders
 from gateway.serving.pool import EndpointSpec, HealthRules, MinderAt, Pool
 from gateway.serving.relay import RelayLimits
@@ -43,6 +45,8 @@ from gateway.serving.upstream import Address, parse_address
 from gateway.serving.watch import Watcher
 from gateway.settings import ConfigError, Settings, Upstream, diff, fingerprint, load
 from gateway.state.database import StateError
+from gateway.store.memory import MemoryStore
+from gateway.store.protocol import Store
 
 HOUSEKEEPING = 0.1
 """Seconds between two flushes of the log."""
@@ -56,11 +60,21 @@ COLLECT_AFTER = (10_000, 20, 20)
 at everything that lives stops the event loop."""
 
 
+def microseconds() -> int:
+    """Return the time of the wall clock."""
+    return time.time_ns() // 1000
+
+
 class Replica:
-    """One gateway. ``path`` is the file that a reload reads again; ``clock`` returns monotonic seconds."""
+    """One gateway. ``path`` is the file that a reload reads again; ``clock`` returns monotonic seconds, ``wall``
+    microseconds since 1970."""
 
     def __init__(
-        self, settings: Settings, path: Path | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: Settings,
+        path: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], int] = microseconds,
     ) -> None:
         self.settings = settings
         self._path = path
@@ -79,6 +93,7 @@ class Replica:
             self.log,
             self.executor,
             edge_rules(settings),
+            Limiter(open_store(settings, wall), declared(settings.limits), self.metrics, wall),
         )
         looks = settings.discovery
         self.watcher = Watcher(self.pool, self.metrics, self.log, clock, looks.interval, looks.down_interval)
@@ -113,6 +128,7 @@ class Replica:
         # Bound before anything that takes time: an address in use is told at once.
         self._make_listeners()
         await self.keyring.start()
+        await self.edge.limiter.store.start()
         plan = self.finder.plan(settings.upstreams, settings.discovery.dns_interval)
         self._named = endpoint_specs(settings)
         added, _ = self.pool.configure(self._named, int(time.time()))
@@ -225,6 +241,7 @@ class Replica:
             protocol.rules = rules
         self.settings = settings
         self.edge.rules = edge_rules(settings)
+        self.edge.limiter.configure(declared(settings.limits))
         self.pool.judge_by(health_rules(settings))
         self.watcher.interval = settings.discovery.interval
         self.watcher.down_interval = settings.discovery.down_interval
@@ -300,6 +317,7 @@ class Replica:
             listener.close()
             await listener.abandon()
         self.pool.close()
+        await self.edge.limiter.store.stop()
         await self.keyring.stop()
         self.executor.shutdown(wait=False)
         await asyncio.sleep(0)
@@ -313,6 +331,11 @@ def _load_and_mark(path: Path) -> tuple[Settings, str]:
 def _mark(settings: Settings) -> str:
     """What the log calls a configuration."""
     return fingerprint(settings)[:12]
+
+
+def open_store(settings: Settings, wall: Callable[[], int]) -> Store:
+    """Return the store of buckets that is configured, not yet started."""
+    return MemoryStore(wall)
 
 
 def _open_log(settings: Settings) -> Log:
@@ -388,6 +411,7 @@ def endpoint_spec(upstream: Upstream) -> EndpointSpec:
         models=tuple(sorted(upstream.models.items())) if upstream.models is not None else None,
         max_connections=upstream.max_connections,
         minder=_minder_at(upstream),
+        pool=upstream.pool or "",
     )
 
 

@@ -53,8 +53,14 @@ class Kind(Enum):
     TOO_LARGE = Row(413, _INVALID, "request_too_large", "request_too_large", 413)
     CONTENT_TYPE = Row(415, _INVALID, "unsupported_media_type", _INVALID, 415)
     HEADERS_TOO_LARGE = Row(431, _INVALID, "headers_too_large", _INVALID, 431)
+    # Over a limit of the client's own.
+    TOO_LARGE_FOR_LIMIT = Row(400, _INVALID, "request_exceeds_limit", _INVALID, 400)
+    TOO_MANY_REQUESTS = Row(429, "requests", "rate_limit_exceeded", "rate_limit_error", 429, True)
+    TOO_MANY_TOKENS = Row(429, "tokens", "rate_limit_exceeded", "rate_limit_error", 429, True)
+    OVER_BUDGET = Row(429, "insufficient_quota", "insufficient_quota", "rate_limit_error", 429, False)
     # Nobody's fault: there is no room.
     BUSY = Row(503, "service_unavailable_error", "server_is_overloaded", "overloaded_error", 529)
+    LIMITS_AWAY = Row(503, "service_unavailable_error", "limits_unavailable", "overloaded_error", 529)
     # The engine's fault, or ours.
     NO_ENGINE = Row(503, "service_unavailable_error", "server_is_overloaded", "overloaded_error", 529)
     ENGINE_FAILED = Row(502, "server_error", "engine_failed", "api_error", 502)
@@ -65,7 +71,9 @@ class Kind(Enum):
 
 EXPOSE = (
     b"access-control-expose-headers",
-    b"x-request-id, openai-processing-ms, retry-after, retry-after-ms, x-should-retry",
+    b"x-request-id, openai-processing-ms, retry-after, retry-after-ms, x-should-retry, x-forebay-limits,"
+    b" x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests,"
+    b" x-ratelimit-remaining-tokens, x-ratelimit-reset-requests, x-ratelimit-reset-tokens",
 )
 """What a browser's client may read of an answer."""
 
@@ -85,6 +93,8 @@ class Refusal:
     headers: tuple[tuple[bytes, bytes], ...] = field(default=())
     logged: str | None = None
     """What the log says instead of ``message``, where that may quote the client's request."""
+    should_retry: bool | None = None
+    """``x-should-retry`` where the kind's own does not hold."""
 
     def openai_error(self) -> dict[str, str | None]:
         """Return the object inside OpenAI's envelope."""
@@ -97,8 +107,9 @@ class Refusal:
         if self.retry_after is not None:
             extra.append((b"retry-after", b"%d" % -(-self.retry_after // 1)))
             extra.append((b"retry-after-ms", b"%d" % -(-self.retry_after * 1000 // 1)))
-        if self.kind.value.retry is not None:
-            extra.append((b"x-should-retry", b"true" if self.kind.value.retry else b"false"))
+        retry = self.kind.value.retry if self.should_retry is None else self.should_retry
+        if retry is not None:
+            extra.append((b"x-should-retry", b"true" if retry else b"false"))
         return extra
 
 

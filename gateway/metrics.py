@@ -89,6 +89,9 @@ class Metrics:
         self._engine_loads: dict[str, tuple[EngineLoad, float]] = {}
         self.overhead = {stage: Histogram(OVERHEAD_SECONDS) for stage in ("auth", "policy", "connect")}
         self.client_retries = 0
+        self.early_retries = 0
+        self._limited: dict[tuple[str, str], int] = {}
+        self._standing = ""
         self.reloads = {"ok": 0, "refused": 0}
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -149,6 +152,20 @@ class Metrics:
         for known in (self._endpoints, self._ejections, self._engine_loads, self._cordoned, self._restarts):
             known.pop(endpoint, None)
 
+    def limited(self, scope: str, counts: str) -> None:
+        """Count a request that a limit refused: whose it is and what it counts, both of closed sets."""
+        self._limited[scope, counts] = self._limited.get((scope, counts), 0) + 1
+
+    def limits_by(self, standing: str) -> None:
+        """Note by whose word requests are let in (``Standing``)."""
+        self._standing = standing
+
+    def mean_duration(self) -> float:
+        """Return the mean seconds a request took, of all so far; 1 before the first."""
+        durations = [series.duration for series in self._models.values()]
+        times = sum(sum(histogram.counts) for histogram in durations)
+        return sum(histogram.total for histogram in durations) / times if times else 1.0
+
     def reloaded(self, ok: bool) -> None:
         """Count a configuration reload."""
         self.reloads["ok" if ok else "refused"] += 1
@@ -169,10 +186,22 @@ class Metrics:
         retries = CounterMetricFamily("forebay_client_retries", "Requests an SDK marked as a retry of its own")
         retries.add_metric([], self.client_retries)
         yield retries
+        yield from self._collect_limits()
         reloads = CounterMetricFamily("forebay_config_reloads", "Configuration reloads", labels=["result"])
         for result, count in self.reloads.items():
             reloads.add_metric([result], count)
         yield reloads
+
+    def _collect_limits(self) -> Iterator[Metric]:
+        refused = CounterMetricFamily("forebay_limit_refusals", "Requests a limit refused", labels=["scope", "counts"])
+        for (scope, counts), count in list(self._limited.items()):
+            refused.add_metric([scope, counts], count)
+        early = CounterMetricFamily("forebay_early_retries", "Requests sent again before the time they were told")
+        early.add_metric([], self.early_retries)
+        standing = GaugeMetricFamily("forebay_limits_standing", "By whose word requests are let in", labels=["by"])
+        if self._standing:
+            standing.add_metric([self._standing], 1.0)
+        yield from (refused, early, standing)
 
     def _collect_requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(

@@ -831,7 +831,16 @@ def json_schema() -> dict[str, Any]:
 
 
 # What is bound, opened or started once; everything else is read anew for each request or each look.
-NEEDS_RESTART = ("listen", "admin", "state", "log.file", "data_dir", "engines", "discovery.dns_interval")
+NEEDS_RESTART = (
+    "listen",
+    "admin",
+    "state",
+    "log.file",
+    "data_dir",
+    "engines",
+    "discovery.dns_interval",
+    "limits.store",
+)
 
 
 @dataclass(frozen=True, slots=True)

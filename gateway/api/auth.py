@@ -140,6 +140,14 @@ def client_address(peer: str, forwarded: Iterable[bytes], trusted: Networks) -> 
     return address
 
 
+def network_of(address: str) -> str:
+    """Return what stands for a client without a key: its address, of IPv6 the network one customer has (/64)."""
+    parsed = _parse(address)
+    if parsed is None or parsed.version == 4:
+        return address
+    return str(IPv6Network((int(parsed) >> 64 << 64, 64)))
+
+
 def _parse(text: str) -> IPv4Address | IPv6Address | None:
     if text.startswith("["):
         text = text[1:].partition("]")[0]

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from gateway.api.peek import Asked
-from gateway.api.request import Pending
 from gateway.errors import Kind, Refusal
 from gateway.serving.dialect import Route
+from gateway.serving.pending import Pending
 from gateway.serving.pool import Pool
 from gateway.serving.tokens import TEMPLATE_TOKENS, Uncounted, count_tokens
 from gateway.settings import Caps

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.api.auth import Authenticator, Networks, client_address, may_use
+from gateway.api.auth import Authenticator, Networks, client_address, may_use, network_of
 from gateway.api.context import fit_context
 from gateway.api.media import MediaRules
 from gateway.api.peek import Asked, read_body
-from gateway.api.request import Pending, Request, Steps
+from gateway.api.request import Request, Steps
 from gateway.errors import EXPOSE, SHUTTING_DOWN, Kind, Refusal
 from gateway.log import Log
 from gateway.metrics import Metrics
 from gateway.serving.deadlines import Deadlines
 from gateway.serving.dialect import Route
+from gateway.serving.limiter import Hold, Limiter, read_facts
+from gateway.serving.pending import Pending
 from gateway.serving.pool import Pool
 from gateway.serving.relay import OUTCOMES, Client, Header, Order, Relay, RelayLimits
 from gateway.serving.ticket import Outcome, Ticket
@@ -68,6 +70,7 @@ class Edge:
         log: Log,
         executor: Executor,
         rules: EdgeRules,
+        limiter: Limiter,
     ) -> None:
         self.authenticator = authenticator
         self.pool = pool
@@ -75,6 +78,7 @@ class Edge:
         self.metrics = metrics
         self.log = log
         self.rules = rules
+        self.limiter = limiter
         self.closing = False
         """Whether the gateway is about to stop: answers carry ``connection: close``."""
         self.active: set[Request] = set()
@@ -125,6 +129,7 @@ class Edge:
         if refusal is not None:
             return Refused(route, ticket, refusal)
         request = Request(route, ticket, who, limit, length)
+        request.first = retry == b"0"
         if length is not None and length > self.rules.offload_above:
             request.reserved = length
             self._held += length
@@ -184,6 +189,11 @@ class Edge:
         if refusal is not None:
             self.refuse(request, refusal, client)
             return
+        hold = yield from self._admit(asked, request, body)
+        if isinstance(hold, Refusal):
+            self.refuse(request, hold, client)
+            return
+        ticket.hold = hold
         order = Order(
             route=request.route,
             model=asked.model,
@@ -199,6 +209,14 @@ class Edge:
         now = self.deadlines.clock()
         self._policy_time.observe(now - began)
         relay.start(now)
+
+    def _admit(self, asked: Asked, request: Request, body: bytes) -> Generator[Pending, Any, Hold | Refusal]:
+        """Reserve what the request will need of every limit it falls under."""
+        who, route, limiter = request.who, request.route, self.limiter
+        address = "" if who.public_id else network_of(request.ticket.client)
+        plan = limiter.plan(who, asked.model, self.pool.pool_of(asked.model), address)
+        facts = read_facts(route, asked.model, asked.fields, asked.max_tokens, body, who.public_id, request.first)
+        return limiter.admit(plan, facts)
 
     def _resolve(self, asked: Asked, request: Request) -> Refusal | None:
         if self.pool.catalogue.resolve(asked.model) is None:

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from typing import Any
 
 from gateway.errors import Refusal
 from gateway.serving.dialect import Route
+from gateway.serving.pending import Pending
 from gateway.serving.relay import Client, Relay
 from gateway.serving.ticket import Ticket
 from gateway.state.keys import KeyRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A step that must wait: the only thing that costs a task."""
-
-    awaitable: Any
-
 
 Steps = Generator[Pending, Any, None]
 """The way of a request from its body to its relay. It yields what it waits for and is sent what came of it."""
@@ -31,6 +23,7 @@ class Request:
     __slots__ = (
         "body_limit",
         "client",
+        "first",
         "interrupt",
         "length",
         "relay",
@@ -49,6 +42,8 @@ class Request:
         self.body_limit = body_limit
         self.length = length
         self.reserved = 0
+        self.first = False
+        """Whether an SDK says that it sends this for the first time."""
         self.client: Client | None = None
         """Whom the steps answer, once the body is whole."""
         self.interrupt: Callable[[Refusal], None] | None = None

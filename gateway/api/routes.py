@@ -76,6 +76,7 @@ RELAYED: dict[str, Route] = {
             "/tokenize",
             OPENAI,
             "Turn a prompt into tokens",
+            charged=False,
             media_fields=("messages",),
         ),
     )

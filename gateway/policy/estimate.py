@@ -105,14 +105,16 @@ class Estimator:
         likely = max(1, round(learned))
         return likely if stated is None else min(stated, likely)
 
-    def per_event(self, model: str) -> float:
-        """Return the tokens an event of a stream stands for."""
-        return self._learned(("events", model), 1.0)
+    def per_event(self, stream: str) -> float:
+        """Return the tokens an event stands for; ``stream`` is a model in one dialect."""
+        return self._learned(("events", stream), 1.0)
 
-    def learn(
-        self, key: str, model: str, size: int, parts: int, prompt: int, output: int, answers: int, events: int
-    ) -> None:
-        """Take what a request really used; ``events`` of its stream, 0 for none."""
+    def learn_events(self, stream: str, tokens: float) -> None:
+        """Take what an event of a whole stream stood for."""
+        self._sketch(("events", stream)).add(tokens)
+
+    def learn(self, key: str, model: str, size: int, parts: int, prompt: int, output: int, answers: int) -> None:
+        """Take what a request really used; ``size`` 0 where its prompt was given in tokens."""
         if size and not parts:
             self._sketch(("bytes", model)).add(max(0, prompt - TEMPLATE) / size)
         elif parts:
@@ -122,8 +124,6 @@ class Estimator:
             each = output / max(1, answers)
             self._sketch((key, model)).add(each)
             self._sketch(("", model)).add(each)
-            if events:
-                self._sketch(("events", model)).add(output / events)
 
     def _learned(self, subject: tuple[str, str], otherwise: float) -> float:
         sketch = self._sketches.get(subject)

@@ -8,11 +8,12 @@ Rule 3: what is given back may be less than nothing: that is a debt, which the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
 
-from gateway.policy.token_bucket import SECOND, Bucket, Promise, Shape, refill, spare, wait
+from gateway.policy.token_bucket import NEVER, SECOND, Bucket, Promise, Shape, refill, spare, wait
 
 GRACE = 2 * SECOND
 """How much later than promised somebody may come back."""
@@ -58,7 +59,7 @@ def take(
     current = [_alive(refill(need.shape, bucket, now), now) for need, bucket in zip(needs, buckets, strict=True)]
     mine = None if first or not who else _promised(current, who)
     free = [
-        spare(need.shape, bucket) - (_kept(bucket, mine, now) if bucket.promises else 0)
+        spare(need.shape, bucket) - (_kept(need.shape, bucket, mine, now) if bucket.promises else 0)
         for need, bucket in zip(needs, current, strict=True)
     ]
     for need, left in zip(needs, free, strict=True):
@@ -86,29 +87,34 @@ def give(shape: Shape, bucket: Bucket, amount: int, now: int) -> Bucket:
 
 def _refuse(needs: Sequence[Need], buckets: list[Bucket], now: int, who: int, mine: Promise | None) -> Short:
     if mine is not None and now < mine.due:
-        index = next(i for i, bucket in enumerate(buckets) if mine in bucket.promises)
+        index = next(i for i, b in enumerate(buckets) if any(p.who == who and p.due == mine.due for p in b.promises))
         return Short(tuple(buckets), index, mine.due - now, early=True)
     longest, index = -1, 0
     for position, (need, bucket) in enumerate(zip(needs, buckets, strict=True)):
-        kept = _kept(bucket, mine, now) if bucket.promises else 0
+        kept = _kept(need.shape, bucket, mine, now) if bucket.promises else 0
         if spare(need.shape, bucket) - kept < need.amount:
-            told = wait(need.shape, bucket, need.amount + kept, now)
+            ahead = sum(promise.amount for promise in _ahead(bucket, mine, now))
+            told = wait(need.shape, bucket, need.amount + ahead, now)
             if told > longest:
                 longest, index = told, position
     if not who or longest > FARTHEST or any(len(bucket.promises) >= MOST_PROMISES for bucket in buckets):
         return Short(tuple(buckets), index, longest)
     due = now + longest
     noted = [
-        Bucket(
-            bucket.level,
-            bucket.at,
-            bucket.part,
-            bucket.epoch,
-            (*_without(bucket.promises, mine), Promise(due, due + GRACE, need.amount, who)),
-        )
+        _with(need, bucket, _without(bucket.promises, mine), Promise(due, due + GRACE, need.amount, who))
         for need, bucket in zip(needs, buckets, strict=True)
     ]
     return Short(tuple(noted), index, longest)
+
+
+def _with(need: Need, bucket: Bucket, others: tuple[Promise, ...], promise: Promise) -> Bucket:
+    """Return the bucket with a promise in its place by time. Slots are promised to nobody: they would stand empty."""
+    if need.shape.slots or not need.amount:
+        promises = others
+    else:
+        at = sum(other.due <= promise.due for other in others)
+        promises = (*others[:at], promise, *others[at:])
+    return Bucket(bucket.level, bucket.at, bucket.part, bucket.epoch, promises)
 
 
 def _promised(buckets: Sequence[Bucket], who: int) -> Promise | None:
@@ -121,13 +127,26 @@ def _promised(buckets: Sequence[Bucket], who: int) -> Promise | None:
     return found
 
 
-def _kept(bucket: Bucket, mine: Promise | None, now: int) -> int:
-    """Return what is promised to others: to all of them, or once its own time has come to those before it."""
+def _ahead(bucket: Bucket, mine: Promise | None, now: int) -> list[Promise]:
+    """Return the promises to others that count: all of them, or once one's own time has come those before it."""
     if mine is None:
-        return sum(promise.amount for promise in bucket.promises)
-    if now >= mine.due:
-        return sum(promise.amount for promise in bucket.promises if promise.due < mine.due)
-    return sum(p.amount for p in bucket.promises if p.who != mine.who or p.due != mine.due)
+        return list(bucket.promises)
+    before = mine.due if now >= mine.due else NEVER
+    return [p for p in bucket.promises if p.due < before and (p.due != mine.due or p.who != mine.who)]
+
+
+def _kept(shape: Shape, bucket: Bucket, mine: Promise | None, now: int) -> int:
+    """Return what must stay for others to get what they were promised, each at its time: what will have refilled by
+    then need not be there now."""
+    most = promised = 0
+    for promise in _ahead(bucket, mine, now):
+        promised += promise.amount
+        gained = 0
+        if shape.rate and promise.due > now:
+            # In doubles, like the script, and never more than what refills.
+            gained = max(0, math.floor(float(promise.due - now) * float(shape.rate) / float(shape.per)) - 1)
+        most = max(most, promised - gained)
+    return most
 
 
 def _without(promises: tuple[Promise, ...], mine: Promise | None) -> tuple[Promise, ...]:

@@ -90,6 +90,8 @@ class Route:
     n_fields: tuple[str, ...] = ()
     streams: bool = False
     asks_usage: bool = False
+    charged: bool = True
+    """Whether it costs tokens: counting them does not."""
     media_fields: tuple[str, ...] = ()
     media_in_lists: bool = False
     refused_fields: tuple[tuple[str, str], ...] = ()

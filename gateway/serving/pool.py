@@ -37,6 +37,7 @@ class EndpointSpec:
     models: tuple[tuple[str, str], ...] | None = None
     max_connections: int = 1024
     minder: MinderAt | None = None
+    pool: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +195,11 @@ class Pool:
     def serving(self, model: str) -> tuple[Endpoint, ...]:
         """Return every endpoint that serves a public model, healthy or not."""
         return self._by_model.get(model, ())
+
+    def pool_of(self, model: str) -> str:
+        """Return the name of the pool of engines that serve a model, as the first of them says it."""
+        serving = self._by_model.get(model)
+        return serving[0].spec.pool if serving else ""
 
     def choose(
         self, model: str, path: str, tried: Collection[Endpoint], now: float = inf, *, salted: bool = False

@@ -377,6 +377,7 @@ class Relay:
         self._retry(cause, refusal)
 
     def _broken(self, refusal: Refusal) -> None:
+        self._ticket.accepted = True
         self._retry(Cause.BROKEN, refusal)
 
     def _retry(self, cause: Cause, refusal: Refusal) -> None:
@@ -446,6 +447,8 @@ class Relay:
         self._deadlines.forget(self)
         connection, self._connection = self._connection, None
         if connection is not None:
+            # It was sent and nothing speaks against its being worked on.
+            self._ticket.accepted |= self._connected
             if outcome is Outcome.OK:
                 connection.release()
             else:
@@ -472,6 +475,7 @@ class Relay:
         if self._state == DONE:
             return
         if self._connection is not None:
+            self._ticket.accepted |= self._connected
             self._connection.abort()
             self._connection = None
         self._fail(refusal, self._clock())
@@ -528,6 +532,7 @@ class Relay:
     def _timed_out(self) -> None:
         what = "went silent" if self._state == STREAMING or self._answer else "did not begin its answer"
         message = f"The engine {what} for {self._patience():g} s."
+        self._ticket.accepted = True
         self._retry(Cause.SLOW, Refusal(Kind.ENGINE_SLOW, message))
 
     def _heartbeat_due(self, now: float) -> bool:
@@ -565,6 +570,8 @@ class Relay:
             (b"openai-processing-ms", b"%d" % milliseconds),
             EXPOSE,
         ]
+        if ticket.hold is not None:
+            common += ticket.hold.headers
         return SSE_HEADERS + common if stream else [(b"content-type", b"application/json"), *common]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from gateway.metrics import Metrics
+from gateway.serving.limiter import Hold
 from gateway.serving.meter import Usage
 
 
@@ -56,6 +57,7 @@ class LogLine(msgspec.Struct, omit_defaults=True):
     tokens_cached: int | None = None
     bytes_in: int = 0
     sdk_retry: int = 0
+    settlement: str = ""
     error: str = ""
 
 
@@ -65,23 +67,28 @@ class Ticket:
     __slots__ = (
         "_metrics",
         "_sink",
+        "accepted",
         "attempts",
         "bytes_in",
         "client",
         "client_request_id",
+        "cost",
         "endpoint",
         "error",
         "events",
         "first_at",
+        "hold",
         "in_flight",
         "key",
         "last_at",
+        "limits",
         "model",
         "path",
         "request_id",
         "sdk_retry",
         "series",
         "settled",
+        "settlement",
         "started",
         "stream",
         "tenant",
@@ -116,6 +123,15 @@ class Ticket:
         self.bytes_in = 0
         self.sdk_retry = 0
         self.usage: Usage | None = None
+        self.hold: Hold | None = None
+        """What it holds of its limits, once it has been let in."""
+        self.accepted = False
+        """Whether an engine may have worked on it."""
+        self.settlement = ""
+        self.cost = 0
+        """In nano-dollars."""
+        self.limits: tuple[tuple[str, str, int, int], ...] = ()
+        """Bucket, what it counts, what was reserved of it and what was charged."""
         self.series = metrics.model("")
         self.in_flight = False
         self.settled = False
@@ -151,6 +167,11 @@ class Ticket:
         if self.in_flight:
             self.series.in_flight -= 1
             self.series.duration.observe(now - self.started)
+        if self.hold is not None:
+            kind, self.cost, self.limits = self.hold.settle(
+                self.usage, self.events, whole=outcome is Outcome.OK, accepted=self.accepted
+            )
+            self.settlement = kind.value
         counted = self._metrics.tenant(self.model, self.tenant)
         outcomes = counted.outcomes
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
@@ -188,5 +209,6 @@ class Ticket:
             tokens_cached=usage.cached,
             bytes_in=self.bytes_in,
             sdk_retry=self.sdk_retry,
+            settlement=self.settlement,
             error=self.error,
         )

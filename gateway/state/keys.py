@@ -18,6 +18,7 @@ from typing import Literal, Self
 import sqlalchemy as sa
 from pydantic import ValidationError
 
+from gateway.limits import LimitSet
 from gateway.settings import Caps, ConfigError, KeySettings, explain
 from gateway.state.database import READ_ONLY, StateError, keys_table, open_database, translated, version_table
 
@@ -40,6 +41,8 @@ class KeyRecord:
     source: Literal["file", "database"]
     admin: bool = False
     """Whether it may use the admin API."""
+    limits: LimitSet | None = None
+    """What it may use, as it is declared for this key itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +251,7 @@ def _record_of_setting(key: KeySettings, public_id: str, source: Literal["file",
         expires_at=key.expires,
         source=source,
         admin=key.admin,
+        limits=key.limits,
     )
 
 

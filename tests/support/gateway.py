@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from gateway.app import Replica
 from gateway.settings import AdminListen, Discovery, KeySettings, Listen, Log, Settings, Shutdown, Upstream, load
 from gateway.state.database import upgrade
+from gateway.store.memory import MemoryStore
 from tests.support.client import RawClient, Response, request_bytes
 from tests.support.clock import ManualClock
 from tests.support.http1 import Headers
@@ -38,6 +39,8 @@ MODEL = "public/model"
 ENGINE_MODEL = "smollm2"
 """The name the recorded engines know it by."""
 CHAT = "/v1/chat/completions"
+BEGAN = 1_790_000_000_000_000
+"""What the wall clock shows when a test's clock is at 0, in microseconds."""
 AUTH = (("authorization", f"Bearer {KEY}"),)
 JSON = (("content-type", "application/json"),)
 
@@ -199,7 +202,8 @@ class StartGateway(Protocol):
 @asynccontextmanager
 async def running(settings: Settings, clock: ManualClock, path: Path | None = None) -> AsyncIterator[Gateway]:
     """Run a gateway; at its end nothing may be left in flight."""
-    replica = Replica(settings, path, clock)
+    # Both clocks are the test's: what refills does so when the test says that time passed.
+    replica = Replica(settings, path, clock, lambda: BEGAN + int(clock() * 1_000_000))
     try:
         await replica.start()
         yield Gateway(replica, clock, settings.listen.face, settings.log.file)
@@ -208,6 +212,10 @@ async def running(settings: Settings, clock: ManualClock, path: Path | None = No
         replica.log.close()
     assert not replica.edge.active, "a request outlived the gateway"
     assert not any(endpoint.in_flight for endpoint in replica.pool.endpoints), "a request gave its place never back"
+    store = replica.edge.limiter.store
+    if isinstance(store, MemoryStore):
+        held = [name for name, (shape, bucket) in store._buckets.items() if shape.slots and bucket.level]
+        assert not held, "a request gave a slot never back"
 
 
 @pytest.fixture(params=["protocol", "asgi"])

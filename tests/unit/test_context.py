@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from gateway.api.context import fit_context
 from gateway.api.media import MediaRules
 from gateway.api.peek import Asked, read_body
-from gateway.api.request import Pending
 from gateway.api.routes import RELAYED
 from gateway.errors import Kind, Refusal
 from gateway.serving import tokens
+from gateway.serving.pending import Pending
 from gateway.serving.tokens import TEMPLATE_TOKENS, Uncounted, count_tokens
 from gateway.serving.upstream import Loss
 from gateway.settings import Caps

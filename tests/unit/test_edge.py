@@ -19,11 +19,15 @@ import pytest
 
 from gateway.api.auth import ANONYMOUS, Authenticator
 from gateway.api.edge import Edge, EdgeRules, Refused
-from gateway.api.request import Pending, Request, Steps
+from gateway.api.request import Request, Steps
 from gateway.api.routes import RELAYED
+from gateway.limits import Limits, declared
 from gateway.log import Log
+from gateway.serving.limiter import Limiter
+from gateway.serving.pending import Pending
 from gateway.serving.relay import Client
 from gateway.settings import Caps
+from gateway.store.memory import MemoryStore
 from tests.unit.ports import CHAT, MODEL, SSE, FakeClient, Stage
 
 KEY = b"fb-alice"
@@ -109,6 +113,7 @@ def house(tmp_path: Path) -> Iterator[House]:
         Log("json", log_file),
         executor,
         EdgeRules(offload_above=300),
+        Limiter(MemoryStore(lambda: 0), declared(Limits()), stage.metrics, lambda: 0),
     )
     yield House(stage, edge, executor, log_file, FakeClient())
     edge.log.close()

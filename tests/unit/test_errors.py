@@ -31,6 +31,11 @@ CONTRACT: list[tuple[Kind, int, str, str | None]] = [
     (Kind.TOO_LARGE, 413, INVALID, "request_too_large"),
     (Kind.CONTENT_TYPE, 415, INVALID, "unsupported_media_type"),
     (Kind.HEADERS_TOO_LARGE, 431, INVALID, "headers_too_large"),
+    (Kind.TOO_LARGE_FOR_LIMIT, 400, INVALID, "request_exceeds_limit"),
+    (Kind.TOO_MANY_REQUESTS, 429, "requests", "rate_limit_exceeded"),
+    (Kind.TOO_MANY_TOKENS, 429, "tokens", "rate_limit_exceeded"),
+    (Kind.OVER_BUDGET, 429, "insufficient_quota", "insufficient_quota"),
+    (Kind.LIMITS_AWAY, 503, "service_unavailable_error", "limits_unavailable"),
     (Kind.BUSY, 503, "service_unavailable_error", "server_is_overloaded"),
     (Kind.NO_ENGINE, 503, "service_unavailable_error", "server_is_overloaded"),
     (Kind.SHUTDOWN, 503, "service_unavailable_error", "server_shutting_down"),
@@ -44,6 +49,7 @@ ANTHROPIC_TYPES = {
     403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
+    429: "rate_limit_error",
     500: "api_error",
     502: "api_error",
     504: "api_error",
@@ -80,9 +86,17 @@ def test_the_table_is_whole_and_its_kinds_are_apart() -> None:
 
 
 def test_no_kind_is_retried_by_mistake() -> None:
-    """The SDKs retry 408, 409, 429 and 500 and above by themselves: what the client must change is none of these."""
-    retried = {kind for kind in Kind if kind.value.status in (408, 409, 429) or kind.value.status >= 500}
+    """The SDKs retry 408, 409, 429 and 500 and above by themselves, unless `x-should-retry` says otherwise: what the
+    client must change is none of these."""
+    retried = {
+        kind
+        for kind in Kind
+        if kind.value.retry is not False and (kind.value.status in (408, 409, 429) or kind.value.status >= 500)
+    }
     assert retried == {
+        Kind.TOO_MANY_REQUESTS,
+        Kind.TOO_MANY_TOKENS,
+        Kind.LIMITS_AWAY,
         Kind.SLOW_CLIENT,
         Kind.BUSY,
         Kind.NO_ENGINE,

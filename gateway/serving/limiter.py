@@ -1,0 +1,400 @@
+"""Limits around one request: which apply, what is reserved before an engine sees it, what is settled afterwards.
+
+Rule 1: all buckets or none; a refusal takes nothing.
+Rule 2: whoever was granted a ``Hold`` settles it, once, on every way out; that never waits.
+Rule 3: what a request used is charged by what is known of it, and how it is known is said (``Settlement``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import re
+import zlib
+from collections.abc import Callable, Generator, Sequence
+
+import msgspec
+
+from engines.protocol import Fields
+from gateway.errors import Refusal
+from gateway.limits import Asker, Declared, applying, organisation_of, prices_of, weights_of
+from gateway.metrics import Metrics
+from gateway.policy.estimate import Estimator
+from gateway.policy.limits import UNIT, Counts, Limit, Rates, Size, amounts
+from gateway.policy.token_bucket import NEVER, Bucket, Shape, spare
+from gateway.serving.dialect import OPENAI, Route
+from gateway.serving.meter import Usage
+from gateway.serving.pending import Pending
+from gateway.serving.rates import Header, families, never_fits, rate_headers, refusal
+from gateway.state.keys import KeyRecord
+from gateway.store.protocol import Draw, Granted, Refused, Standing, Store, Verdict
+
+MOST_PLANS = 50_000
+MOST_ANSWERS = 100_000
+"""Of one request that are reckoned with; no engine takes as many."""
+LEAST_CUT = 16
+"""Tokens of an answer below which cutting it is no use."""
+FEWEST_BYTES = 32
+"""Bytes of a prompt that no token is longer than, on the average: the bound on what can never fit."""
+_DATA_URL = re.compile(rb'data:[^"]*')
+_PARTS = (b'"image_url"', b'"input_image"', b'"input_audio"', b'"video_url"', b'"audio_url"', b'"source"')
+_AGAIN = 1 << 32
+
+
+class Settlement(enum.StrEnum):
+    """How it is known what a request used."""
+
+    EXACT = "exact"
+    """The engine said so."""
+    COUNTED = "counted"
+    """By the events of its stream."""
+    KEPT = "kept"
+    """Nothing is known: what was reserved stays."""
+    VOID = "void"
+    """No engine accepted it: all comes back, the request itself too."""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What applies to one key (or address) on one model, worked out once."""
+
+    who: KeyRecord
+    organisation: str
+    limits: tuple[Limit, ...]
+    shapes: tuple[Shape, ...]
+    about: tuple[tuple[bytes, tuple[int, ...]], ...]
+    weights: Rates
+    prices: Rates
+    cuts: tuple[int, ...]
+    until: int
+    """When a calendar turns its page, in microseconds since 1970."""
+
+
+class Facts(msgspec.Struct):
+    """What a body says of its size. ``counted``: the prompt's tokens where it is given as such."""
+
+    route: Route
+    model: str
+    fields: Fields
+    size: int
+    parts: int
+    answers: int
+    stated: int | None
+    counted: int | None
+    who: int
+    first: bool
+
+
+class Hold:
+    """What a request holds of its limits, from the reservation to the settlement."""
+
+    __slots__ = ("_draws", "_facts", "_granted", "_limiter", "_plan", "_size", "settled")
+
+    def __init__(
+        self, limiter: Limiter, plan: Plan, facts: Facts, size: Size, draws: tuple[Draw, ...], granted: Granted | None
+    ) -> None:
+        self._limiter = limiter
+        self._plan = plan
+        self._facts = facts
+        self._size = size
+        self._draws = draws
+        self._granted = granted
+        self.settled: Settlement | None = None
+
+    @property
+    def organisation(self) -> str:
+        """The organisation of the key's tenant, empty for none."""
+        return self._plan.organisation
+
+    @property
+    def headers(self) -> list[Header]:
+        """What the client is told of its limits."""
+        granted = self._granted
+        if granted is None:
+            return []
+        return rate_headers(self._plan.about, self._plan.shapes, granted.buckets, granted.standing)
+
+    def settle(
+        self, usage: Usage | None, events: int, *, whole: bool, accepted: bool
+    ) -> tuple[Settlement, int, tuple[tuple[str, str, int, int], ...]]:
+        """Give back what was not used. Returns how, the cost in nano-dollars, and for each limit its bucket, what it
+        counts, what was reserved and what was charged.
+
+        ``whole``: the answer came to its end, so a usage is all of it. ``accepted``: an engine may have worked on it.
+        """
+        if self.settled is not None:
+            raise RuntimeError("a hold was settled twice")
+        kind, used = self._used(usage, events, whole, accepted)
+        self.settled = kind
+        plan, draws = self._plan, self._draws
+        charged = amounts(used, plan.weights, plan.prices)
+        lines: tuple[tuple[str, str, int, int], ...] = ()
+        if draws:
+            lines = self._give_back(kind, charged)
+        if kind is Settlement.EXACT:
+            self._limiter.learn(self._facts, plan, used, events)
+        return kind, 0 if kind is Settlement.VOID else charged[Counts.MONEY], lines
+
+    def _give_back(self, kind: Settlement, charged: Sequence[int]) -> tuple[tuple[str, str, int, int], ...]:
+        back = []
+        lines = []
+        for limit, draw in zip(self._plan.limits, self._draws, strict=True):
+            counts = limit.counts
+            if kind is Settlement.VOID or counts in (Counts.CONCURRENT, Counts.IN_FLIGHT):
+                keeps = 0
+            elif kind is Settlement.KEPT or counts is Counts.REQUESTS:
+                keeps = draw.amount
+            else:
+                keeps = charged[counts]
+            lines.append((limit.bucket, counts.name.lower(), draw.amount, keeps))
+            if keeps != draw.amount:
+                back.append(Draw(draw.bucket, draw.shape, draw.amount - keeps))
+        if back:
+            self._limiter.store.settle(back)
+        return tuple(lines)
+
+    def _used(self, usage: Usage | None, events: int, whole: bool, accepted: bool) -> tuple[Settlement, Size]:
+        size, facts = self._size, self._facts
+        writes = bool(facts.route.token_fields)
+        if not facts.route.charged:
+            return (Settlement.EXACT if whole else Settlement.VOID), Size(0, 0)
+        if usage is not None and usage.prompt is not None:
+            known = Size(usage.prompt, usage.completion or 0, usage.cached or 0)
+            # Usage comes last in OpenAI's dialect; in the others what comes first is not all.
+            if (whole or facts.route.dialect is OPENAI) and (usage.completion is not None or not writes):
+                return Settlement.EXACT, known
+            counted = max(known.output, self._limiter.tokens(facts, events))
+            return Settlement.COUNTED, Size(known.prompt, counted, known.cached)
+        if events and not whole:
+            return Settlement.COUNTED, Size(size.prompt, self._limiter.tokens(facts, events))
+        if whole and events and facts.route.streams and usage is None and writes and events > 1:
+            return Settlement.COUNTED, Size(size.prompt, self._limiter.tokens(facts, events))
+        return (Settlement.KEPT if accepted or whole else Settlement.VOID), size
+
+
+class Limiter:
+    """The limits of one replica. ``clock`` returns microseconds since 1970."""
+
+    def __init__(self, store: Store, known: Declared, metrics: Metrics, clock: Callable[[], int]) -> None:
+        self.store = store
+        self.known = known
+        self._metrics = metrics
+        self._clock = clock
+        self._plans: dict[tuple[str, str, str, str], Plan] = {}
+        self._estimator = Estimator()
+
+    def configure(self, known: Declared) -> None:
+        """Take other declarations. What is in the buckets stays, by their names."""
+        self.known = known
+        self._plans.clear()
+
+    # --- before -----------------------------------------------------------------------------------------------------
+
+    def plan(self, who: KeyRecord, model: str, pool: str, address: str) -> Plan:
+        """Return what applies to a request."""
+        named = (who.public_id, "" if who.public_id else address, model, pool)
+        plan = self._plans.get(named)
+        if plan is not None and plan.who is who and (plan.until == 0 or self._clock() < plan.until):
+            return plan
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        plan = self._plans[named] = self._make_plan(who, model, pool, named[1])
+        return plan
+
+    def _make_plan(self, who: KeyRecord, model: str, pool: str, address: str) -> Plan:
+        known = self.known
+        source = f"keys.{who.name}.limits" if who.source == "file" else f"database key {who.name}"
+        asker = Asker(who.public_id, who.tenant, model, pool, address, who.limits, source)
+        limits = applying(asker, known, self._clock())
+        shapes = tuple(limit.shape for limit in limits)
+        return Plan(
+            who=who,
+            organisation=organisation_of(who.tenant, known) if who.public_id else "",
+            limits=limits,
+            shapes=shapes,
+            about=families(limits),
+            weights=weights_of(known.limits, model),
+            prices=prices_of(known.limits, model),
+            cuts=tuple(at for at, limit in enumerate(limits) if limit.cut),
+            until=min((shape.ends for shape in shapes if shape.ends), default=0),
+        )
+
+    def admit(self, plan: Plan, facts: Facts) -> Generator[Pending, Verdict, Hold | Refusal]:
+        """Reserve what a request will need, or say why not; yields the store's answer where that is not known here."""
+        size = self._estimate(plan, facts)
+        if not plan.limits:
+            return Hold(self, plan, facts, size, (), None)
+        too_large = self._never_fits(plan, facts)
+        if too_large is not None:
+            return too_large
+        for at in plan.cuts:
+            limit = plan.limits[at]
+            most = self._affordable(plan, facts, size, limit.shape.capacity, limit.counts)
+            size = Size(size.prompt, min(size.output, max(0, most) * facts.answers))
+        draws = self._draws(plan, size)
+        verdict = yield from self._reserve(draws, facts)
+        if isinstance(verdict, Refused) and verdict.index in plan.cuts:
+            shorter = self._shortened(plan, facts, size, verdict.buckets[verdict.index], verdict.index)
+            if shorter is not None:
+                size, draws = shorter, self._draws(plan, shorter)
+                verdict = yield from self._reserve(draws, facts)
+        if isinstance(verdict, Refused):
+            return self._refuse(plan, facts, draws, verdict)
+        if plan.cuts:
+            self._cut(plan, facts, size, verdict.buckets)
+        return Hold(self, plan, facts, size, draws, verdict)
+
+    def _reserve(self, draws: tuple[Draw, ...], facts: Facts) -> Generator[Pending, Verdict, Granted | Refused]:
+        verdict = self.store.reserve(draws, facts.who, first=facts.first)
+        if isinstance(verdict, Granted | Refused):
+            return verdict
+        try:
+            return (yield Pending(verdict))
+        except GeneratorExit:
+            # The client left. What is still to be answered the store takes back by itself; an answer that came in the
+            # meantime nobody else will see.
+            if not verdict.cancel() and not verdict.cancelled() and isinstance(verdict.result(), Granted):
+                self.store.settle(draws)
+            raise
+
+    def _estimate(self, plan: Plan, facts: Facts) -> Size:
+        if not facts.route.charged:
+            return Size(0, 0)
+        learned = self._estimator
+        prompt = facts.counted if facts.counted is not None else learned.prompt(facts.model, facts.size, facts.parts)
+        if not facts.route.token_fields:
+            return Size(prompt, 0)
+        assumed = self.known.limits.assumed_output
+        stated = facts.stated if facts.stated is not None else facts.route.implied_tokens
+        return Size(prompt, facts.answers * learned.output(plan.who.public_id, facts.model, stated, assumed))
+
+    def _never_fits(self, plan: Plan, facts: Facts) -> Refusal | None:
+        """Refuse what is larger than a whole bucket by what the client stated, or at the very least."""
+        if not facts.route.charged:
+            return None
+        prompt = facts.counted if facts.counted is not None else facts.size // FEWEST_BYTES // 4
+        least = Size(prompt, (facts.stated or 0) * facts.answers)
+        for limit, asked in zip(plan.limits, self._needs(plan, least), strict=True):
+            if asked > limit.shape.capacity and not limit.cut:
+                return never_fits(limit, asked, facts.model)
+        return None
+
+    def _needs(self, plan: Plan, size: Size) -> list[int]:
+        needs = amounts(size, plan.weights, plan.prices)
+        return [needs[limit.counts] for limit in plan.limits]
+
+    def _draws(self, plan: Plan, size: Size) -> tuple[Draw, ...]:
+        needs = amounts(size, plan.weights, plan.prices)
+        # An estimate that is more than a bucket holds takes all of it: what can never fit is refused on facts only.
+        return tuple(
+            Draw(limit.bucket, limit.shape, min(needs[limit.counts], limit.shape.capacity)) for limit in plan.limits
+        )
+
+    def _refuse(self, plan: Plan, facts: Facts, draws: tuple[Draw, ...], refused: Refused) -> Refusal:
+        limit = plan.limits[refused.index]
+        if refused.early:
+            self._metrics.early_retries += 1
+        self._metrics.limited(limit.scope, limit.counts.name.lower())
+        headers = rate_headers(plan.about, plan.shapes, refused.buckets, refused.standing)
+        hold_time = self._expected_slot(limit, refused.buckets[refused.index])
+        return refusal(limit, refused, draws[refused.index].amount, facts.model, hold_time, headers)
+
+    # --- budgets that cut -------------------------------------------------------------------------------------------
+
+    def _affordable(self, plan: Plan, facts: Facts, size: Size, left: int, counts: Counts) -> int:
+        """Return the output tokens of each answer that what is left of a budget pays for, after the prompt."""
+        rates = plan.weights if counts is Counts.TOKENS else plan.prices
+        each = max(rates.output, rates.reasoning)
+        if not each or not facts.route.token_fields:
+            return 0
+        return (left - rates.cost(size.prompt, 0, 0, 0)) // each // facts.answers
+
+    def _shortened(self, plan: Plan, facts: Facts, size: Size, bucket: Bucket, at: int) -> Size | None:
+        limit = plan.limits[at]
+        output = self._affordable(plan, facts, size, spare(limit.shape, bucket), limit.counts)
+        return Size(size.prompt, output * facts.answers) if output >= LEAST_CUT else None
+
+    def _cut(self, plan: Plan, facts: Facts, size: Size, buckets: tuple[Bucket, ...]) -> None:
+        """Bound the answer by what is reserved and what is left beside it: the engine ends it with `length`."""
+        most = NEVER
+        for at in plan.cuts:
+            limit = plan.limits[at]
+            more = self._affordable(plan, facts, Size(0, 0), max(0, spare(limit.shape, buckets[at])), limit.counts)
+            most = min(most, size.output // facts.answers + more)
+        names = [name for name in facts.route.token_fields if name in facts.fields]
+        if facts.stated is None or facts.stated > most:
+            for name in names or facts.route.token_fields[-1:]:
+                facts.fields[name] = msgspec.Raw(b"%d" % most)
+
+    # --- afterwards -------------------------------------------------------------------------------------------------
+
+    def tokens(self, facts: Facts, events: int) -> int:
+        """Return the tokens that so many events of a stream probably are."""
+        return round(events * self._estimator.per_event(_spoken(facts)))
+
+    def learn(self, facts: Facts, plan: Plan, used: Size, events: int) -> None:
+        """Take what a request really used."""
+        size = 0 if facts.counted is not None else facts.size
+        self._estimator.learn(
+            plan.who.public_id, facts.model, size, facts.parts, used.prompt, used.output, facts.answers
+        )
+        if events > 1 and used.output:
+            self._estimator.learn_events(_spoken(facts), used.output / events)
+
+    def _expected_slot(self, limit: Limit, bucket: Bucket) -> float:
+        """Return the seconds after which one of the slots in use may be expected to come free."""
+        at_once = max(1, -bucket.level // UNIT) if limit.counts is Counts.CONCURRENT else 1
+        return min(30.0, max(0.25, self._metrics.mean_duration() / at_once))
+
+    async def explain(self, plan: Plan) -> list[tuple[Limit, Bucket]]:
+        """Return what applies and what is left of it, for people."""
+        draws = tuple(Draw(limit.bucket, limit.shape, 0) for limit in plan.limits)
+        return list(zip(plan.limits, await self.store.look(draws), strict=True))
+
+    @property
+    def standing(self) -> Standing:
+        """By whose word requests are let in."""
+        return self.store.standing
+
+
+def _spoken(facts: Facts) -> str:
+    return f"{facts.model} {facts.route.dialect.name}"
+
+
+def read_facts(
+    route: Route, model: str, fields: Fields, stated: int | None, body: bytes, key: str, first: bool
+) -> Facts:
+    """Read off a body what its size can be estimated by."""
+    parts, size = 0, len(body)
+    if route.media_fields:
+        parts = sum(body.count(needle) for needle in _PARTS)
+        if parts and b"data:" in body:
+            size -= sum(match.end() - match.start() for match in _DATA_URL.finditer(body))
+    who = zlib.crc32(body, zlib.crc32(key.encode())) + _AGAIN
+    return Facts(route, model, fields, size, parts, _answers(route, fields), stated, _counted(fields), who, first)
+
+
+def _answers(route: Route, fields: Fields) -> int:
+    most = 1
+    for name in route.n_fields:
+        raw = fields.get(name)
+        if raw is not None and bytes(raw).isdigit():
+            most = max(most, min(int(bytes(raw)[:9]), MOST_ANSWERS))
+    prompt = fields.get("prompt") if route.n_fields else None
+    if prompt is not None and bytes(prompt).startswith(b"["):
+        with contextlib.suppress(msgspec.DecodeError, RecursionError):
+            prompts = msgspec.json.decode(prompt, type=list[msgspec.Raw])
+            # One prompt in numbers is one prompt.
+            if prompts and bytes(prompts[0])[:1] in (b'"', b"["):
+                most *= min(len(prompts), MOST_ANSWERS)
+    return most
+
+
+def _counted(fields: Fields) -> int | None:
+    """Return the tokens of a prompt that is given as numbers."""
+    prompt = fields.get("prompt", fields.get("input"))
+    if prompt is None:
+        return None
+    text = bytes(prompt)
+    if text[:1] != b"[" or not text[1:].lstrip(b" \n\t[")[:1].isdigit():
+        return None
+    return text.count(b",") + 1

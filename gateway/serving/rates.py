@@ -1,0 +1,109 @@
+"""What a client is told of its limits: headers on every answer, and why and until when it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gateway.errors import Kind, Refusal
+from gateway.policy.limits import UNIT, Counts, Limit
+from gateway.policy.token_bucket import NEVER, SECOND, Bucket, Shape, spare, wait
+from gateway.store.protocol import Refused, Standing
+
+Header = tuple[bytes, bytes]
+
+LONGEST_RETRY = 60.0
+"""Seconds: beyond this an SDK would come back sooner than it was told, so it is told not to."""
+_FAMILIES = ((Counts.REQUESTS, b"requests"), (Counts.TOKENS, b"tokens"))
+_KINDS = {
+    Counts.REQUESTS: Kind.TOO_MANY_REQUESTS,
+    Counts.CONCURRENT: Kind.TOO_MANY_REQUESTS,
+    Counts.TOKENS: Kind.TOO_MANY_TOKENS,
+    Counts.IN_FLIGHT: Kind.TOO_MANY_TOKENS,
+    Counts.MONEY: Kind.OVER_BUDGET,
+}
+
+
+def go_duration(microseconds: int) -> str:
+    """Return a duration as Go writes it, which OpenAI's headers do: `120ms`, `59.675s`, `6m0s`, `1h30m0s`."""
+    milliseconds = -(-microseconds // 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms" if milliseconds else "0s"
+    seconds, milliseconds = divmod(milliseconds, 1000)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    fraction = f".{milliseconds:03d}".rstrip("0") if milliseconds else ""
+    text = f"{seconds}{fraction}s"
+    if hours:
+        return f"{hours}h{minutes}m{text}"
+    return f"{minutes}m{text}" if minutes else text
+
+
+def families(limits: Sequence[Limit]) -> tuple[tuple[bytes, tuple[int, ...]], ...]:
+    """Return which limits each family of headers is about: rates on requests and on tokens, not budgets."""
+    found = []
+    for counts, name in _FAMILIES:
+        which = tuple(at for at, limit in enumerate(limits) if limit.counts is counts and not limit.budget)
+        if which:
+            found.append((name, which))
+    return tuple(found)
+
+
+def rate_headers(
+    about: Sequence[tuple[bytes, tuple[int, ...]]],
+    shapes: Sequence[Shape],
+    buckets: Sequence[Bucket],
+    standing: Standing,
+) -> list[Header]:
+    """Return `x-ratelimit-…` of the buckets with the least left, as OpenAI has them."""
+    headers: list[Header] = []
+    for name, which in about:
+        at = which[0]
+        for other in which[1:]:
+            if buckets[other].level < buckets[at].level:
+                at = other
+        shape, bucket = shapes[at], buckets[at]
+        # A wait is a microsecond on the safe side.
+        reset = max(0, wait(shape, bucket, shape.capacity, bucket.at) - 1)
+        headers += (
+            (b"x-ratelimit-limit-" + name, b"%d" % (shape.capacity // UNIT)),
+            (b"x-ratelimit-remaining-" + name, b"%d" % max(0, bucket.level // UNIT)),
+            (b"x-ratelimit-reset-" + name, go_duration(reset).encode("ascii")),
+        )
+    if standing is not Standing.STORE:
+        headers.append((b"x-forebay-limits", standing.value.encode("ascii")))
+    return headers
+
+
+def refusal(limit: Limit, refused: Refused, asked: int, model: str, hold_time: float, headers: list[Header]) -> Refusal:
+    """Return what a refused request is told; ``asked`` is what it wanted of the limit, ``hold_time`` the seconds after
+    which a slot may be expected to come free."""
+    if refused.standing is Standing.CLOSED:
+        told = "Limits cannot be checked at the moment, and nothing is let in unchecked here. Try again shortly."
+        return Refusal(Kind.LIMITS_AWAY, told, retry_after=1.0, headers=tuple(headers))
+    bucket, shape = refused.buckets[refused.index], limit.shape
+    seconds = hold_time if refused.wait >= NEVER else refused.wait / SECOND
+    kind = Kind.OVER_BUDGET if limit.budget else _KINDS[limit.counts]
+    used = shape.capacity - spare(shape, bucket)
+    told = (
+        f"{'Budget used up' if limit.budget else 'Rate limit reached'} for {model} in {limit.scope} {limit.subject!r}"
+        f" on {limit.said}: Limit {_shown(limit, shape.capacity)}, Used {_shown(limit, used)},"
+        f" Requested {_shown(limit, asked)}. Please try again in {go_duration(int(seconds * SECOND))}."
+    )
+    retry = seconds <= LONGEST_RETRY and not limit.budget
+    return Refusal(kind, told, retry_after=seconds, headers=tuple(headers), should_retry=retry)
+
+
+def never_fits(limit: Limit, asked: int, model: str) -> Refusal:
+    """Return what is told of a request that no waiting helps."""
+    told = (
+        f"Request too large for {model} in {limit.scope} {limit.subject!r} on {limit.said}:"
+        f" Limit {_shown(limit, limit.shape.capacity)}, Requested {_shown(limit, asked)}."
+        " The input or output tokens must be reduced."
+    )
+    return Refusal(Kind.TOO_LARGE_FOR_LIMIT, told, should_retry=False)
+
+
+def _shown(limit: Limit, amount: int) -> str:
+    if limit.counts is Counts.MONEY:
+        return f"${amount / UNIT / 1_000_000:.6g}"
+    return str(-(-amount // UNIT))
