@@ -46,7 +46,6 @@ class AnySequence(RuleBasedStateMachine):
     @rule(move=st.integers(-3 * SECOND, 20 * SECOND))
     def clock(self, move: int) -> None:
         self.now += move
-        self.latest = max(self.latest, self.now)
 
     @rule(
         amounts=st.tuples(st.integers(0, 6000), st.integers(0, 6000), st.integers(0, 2000)),
@@ -55,6 +54,8 @@ class AnySequence(RuleBasedStateMachine):
     )
     def reserve(self, amounts: tuple[int, ...], who: int, more: int) -> None:
         needs = [Need(shape, amount, more) for shape, amount in zip(self.SHAPES, amounts, strict=True)]
+        # What no bucket was told, a clock that steps back takes back.
+        self.latest = max(self.latest, self.now)
         before = tuple(refill(s, b, self.now) for s, b in zip(self.SHAPES, self.buckets, strict=True))
         result = take(needs, self.buckets, self.now, who, sharers=3)
         if isinstance(result, Short):
@@ -69,6 +70,7 @@ class AnySequence(RuleBasedStateMachine):
     @rule(data=st.data(), used=st.integers(0, 9000))
     def settle(self, data: st.DataObject, used: int) -> None:
         amounts = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.latest = max(self.latest, self.now)
         after = []
         for at, (shape, bucket) in enumerate(zip(self.SHAPES, self.buckets, strict=True)):
             back = amounts[at] if shape.slots else amounts[at] - used
