@@ -97,6 +97,8 @@ class Refusal:
     """What the log says instead of ``message``, where that may quote the client's request."""
     should_retry: bool | None = None
     """``x-should-retry`` where the kind's own does not hold."""
+    limit: str = ""
+    """Which limit refuses it, where one does."""
 
     def openai_error(self) -> dict[str, str | None]:
         """Return the object inside OpenAI's envelope."""

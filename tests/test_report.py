@@ -173,7 +173,7 @@ def a_ticket(stage: Stage) -> Ticket:
     ticket.at = NOW.timestamp()
     ticket.key, ticket.key_id, ticket.tenant, ticket.organisation = "alice", "0f3a9c51b2de", "search", "acme"
     ticket.client, ticket.sdk_retry, ticket.version = "10.0.0.1", 2, "3"
-    ticket.limits = (("key alice: tokens per minute", "tokens", 900, 8),)
+    ticket.limits = (("key alice: tokens per minute", "tokens", 900_000, 7_500),)
     ticket.settlement, ticket.cost = "exact", 1_500_000
     return ticket
 

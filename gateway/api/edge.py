@@ -229,6 +229,7 @@ class Edge:
         who, route, limiter = request.who, request.route, self.limiter
         address = "" if who.public_id else network_of(request.ticket.client)
         plan = limiter.plan(who, asked.model, self.pool.pool_of(asked.model), address)
+        request.ticket.organisation = plan.organisation
         facts = read_facts(route, asked.model, asked.fields, asked.max_tokens, body, who.public_id, request.first)
         return limiter.admit(plan, facts)
 
@@ -302,6 +303,7 @@ class Edge:
         """Settle a request that gets no relay; return status, headers and body of its answer."""
         status = route.dialect.status(refusal)
         ticket.error = refusal.message
+        ticket.refused_by = refusal.limit
         ticket.settle(OUTCOMES.get(refusal.kind, Outcome.REFUSED), status, self.deadlines.clock())
         headers = [_JSON, (b"x-request-id", ticket.request_id.encode("ascii")), EXPOSE, *refusal.extra_headers()]
         return status, headers, route.dialect.error_body(refusal, ticket.request_id)

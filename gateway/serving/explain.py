@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.policy.limits import UNIT
 from gateway.serving.meter import Usage
 from gateway.serving.ticket import Attempt, Ticket
 from gateway.state.usage import UsageRow, dollars
@@ -151,8 +152,8 @@ def explanation(row: UsageRow, source: str) -> dict[str, Any]:
         "limits": {
             "refused_by": detail.get("refused_by", ""),
             "charged": [
-                dict(zip(("bucket", "unit", "reserved", "settled"), limit, strict=False))
-                for limit in detail.get("limits", [])
+                {"bucket": bucket, "unit": unit, "reserved": _amount(unit, held), "settled": _amount(unit, kept)}
+                for bucket, unit, held, kept in detail.get("limits", [])
             ],
             "settlement": row.settlement,
         },
@@ -173,6 +174,11 @@ def explanation(row: UsageRow, source: str) -> dict[str, Any]:
         "cost": dollars(row.cost_nanos),
         "time": {"total_ms": row.duration_ms, "ttft_ms": row.ttft_ms, "split_ms": detail.get("time", {})},
     }
+
+
+def _amount(unit: str, amount: int) -> int | str:
+    """What a bucket was charged, in whole requests or tokens, or in dollars: buckets count in thousandths."""
+    return f"${dollars(amount)}" if unit == "money" else -(-amount // UNIT)
 
 
 def why_chosen(attempt: dict[str, Any], before: list[dict[str, Any]]) -> str:

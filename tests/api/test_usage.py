@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from gateway.api import edge as edge_module
-from gateway.settings import EdgeLimits, State, Stream
+from gateway.settings import Bounds, State, Stream
 from gateway.state.usage import UsageRow, Wanted
 from tests.api.test_admin_endpoints import ADMIN, KEYS
+from tests.api.test_limits import limited
 from tests.conftest import Connect
 from tests.support.client import RawClient
 from tests.support.gateway import AUTH, CHAT, KEY, MODEL, Gateway, StartGateway, chat, post_bytes, serving
@@ -57,7 +58,7 @@ async def explained(gateway: Gateway, request_id: str) -> Any:
 async def keeping(start_gateway: StartGateway, upstream: ScriptedUpstream) -> Gateway:
     """A gateway with an operator's key, in front of the test's engine."""
     upstream.always(GOOD, path=CHAT)
-    return await start_gateway(upstream, keys=KEYS, stream=Stream(heartbeat_after=0), limits=EdgeLimits(body=20_000))
+    return await start_gateway(upstream, keys=KEYS, stream=Stream(heartbeat_after=0), bounds=Bounds(body=20_000))
 
 
 # --- every way out is one row --------------------------------------------------------------------------------------
@@ -446,6 +447,22 @@ async def test_a_refused_request_explained(keeping: Gateway) -> None:
     assert told["engine"] == {"endpoint": "", "why": "", "attempts": 0, "retries": 0, "tried": []}
     assert told["tokens"]["in"] == 0
     assert list(told["time"]["split_ms"]) == ["headers", "body", "rest"]
+
+
+async def test_one_that_a_limit_refused_explained(start_gateway: StartGateway, upstream: ScriptedUpstream) -> None:
+    """Which bucket, and of the one before it what it was charged."""
+    upstream.always(GOOD, path=CHAT)
+    gateway = await start_gateway(upstream, keys=KEYS, limits=limited(requests="1/m"))
+    answers = [await gateway.ask(chat()) for _ in range(2)]
+    served, refused = [await explained(gateway, str(answer.header("x-request-id"))) for answer in answers]
+    assert [answer.status for answer in answers] == [200, 429]
+    assert served["limits"]["settlement"] == "exact"
+    (charged,) = served["limits"]["charged"]
+    assert (charged["unit"], charged["reserved"], charged["settled"]) == ("requests", 1, 1)
+    assert refused["limits"]["refused_by"].startswith("key alice: ")
+    assert (refused["outcome"], refused["engine"]["attempts"]) == ("refused", 0)
+    first, second = await written(gateway)
+    assert {first.settlement, second.settlement} == {"exact", ""}
 
 
 async def test_a_retried_request_explained(two: Any) -> None:

@@ -109,7 +109,7 @@ def test_every_text_fits_its_column(store: UsageStore) -> None:
     """SQLite takes any length, PostgreSQL does not: what is cut is what the table says."""
     texts = {c.name: c.type.length for c in usage_table.columns if isinstance(c.type, sa.String) and c.type.length}
     texts.pop("day")
-    long = msgspec.structs.replace(row(1), **{name: "x" * 1000 for name in texts})
+    long = msgspec.structs.replace(row(1), **dict.fromkeys(texts, "x" * 1000))
     store.insert([long])
     (found,) = store.rows(Wanted())
     assert {name: len(found[name]) for name in texts} == texts
