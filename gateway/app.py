@@ -36,7 +36,9 @@ from gateway.listener import Listener, ListenError, bind, bind_unix
 from gateway.log import Log
 from gateway.metrics import Metrics
 from gateway.policy.breaker import BreakerRules
+from gateway.serving.bookkeeper import Bookkeeper
 from gateway.serving.deadlines import Deadlines
+from gateway.serving.explain import ledger_row
 from gateway.serving.limiter import Limiter
 from gateway.serving.minded import Minders
 from gateway.serving.pool import EndpointSpec, HealthRules, MinderAt, Pool
@@ -45,6 +47,7 @@ from gateway.serving.upstream import Address, parse_address
 from gateway.serving.watch import Watcher
 from gateway.settings import ConfigError, Settings, Upstream, diff, fingerprint, load
 from gateway.state.database import StateError
+from gateway.state.ledger import Ledger
 from gateway.store.memory import MemoryStore
 from gateway.store.protocol import Store
 
@@ -95,6 +98,7 @@ class Replica:
             edge_rules(settings),
             Limiter(open_store(settings, wall), declared(settings.limits), self.metrics, wall),
         )
+        self.books = self._open_books(settings, clock)
         looks = settings.discovery
         self.watcher = Watcher(self.pool, self.metrics, self.log, clock, looks.interval, looks.down_interval)
         self.minders = Minders(self.log)
@@ -109,6 +113,17 @@ class Replica:
         self._tasks: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
+
+    def _open_books(self, settings: Settings, clock: Callable[[], float]) -> Bookkeeper | None:
+        state = settings.state
+        if not state.ledger:
+            return None
+        folder = settings.data_dir / "spool"
+        ledger = Ledger(
+            settings.state_url, folder, ledger_row, days=state.usage_days, spool_bytes=state.spool, clock=clock
+        )
+        self.edge.account = ledger.add
+        return Bookkeeper(ledger, self.metrics, self.log)
 
     @property
     def port(self) -> int:
@@ -138,6 +153,8 @@ class Replica:
         for listener in self.listeners:
             await listener.open()
         self.deadlines.start()
+        if self.books is not None:
+            self.books.start()
         self._tasks.append(asyncio.create_task(self._keep_house(), name="housekeeping"))
         self._tasks.append(asyncio.create_task(self.keyring.keep_current(), name="keys"))
         self.log.say("info", "started", port=self.port, face=settings.listen.face, configuration=_mark(settings))
@@ -162,7 +179,9 @@ class Replica:
         self._protocols.append(bound(self.edge, rules, RELAYED, fast=fast))
         self.listeners.append(Listener(face, sock, self._protocols[0], tls, listen.backlog))
         if settings.admin.enabled:
-            admin = WithRequestId(SmallBodies(admin_app(self.edge, self.minders, public, version)), self.edge)
+            admin = WithRequestId(
+                SmallBodies(admin_app(self.edge, self.minders, self.books, public, version)), self.edge
+            )
             sock = bind(settings.admin.host, settings.admin.port)
             self._protocols.append(bound(self.edge, rules, RELAYED, fast=False))
             self.listeners.append(Listener(admin, sock, self._protocols[1], None, listen.backlog))
@@ -319,6 +338,9 @@ class Replica:
         self.pool.close()
         await self.edge.limiter.store.stop()
         await self.keyring.stop()
+        # Last, when no request can end any more.
+        if self.books is not None:
+            await self.books.stop()
         self.executor.shutdown(wait=False)
         await asyncio.sleep(0)
 

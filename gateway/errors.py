@@ -46,6 +46,7 @@ class Kind(Enum):
     NO_ADMIN = Row(403, "permission_error", "admin_only", "permission_error", 403)
     NO_ENDPOINT = Row(404, _INVALID, "endpoint_not_found", "not_found_error", 404)
     NOT_POSSIBLE = Row(400, _INVALID, "not_possible", _INVALID, 400)
+    NO_REQUEST = Row(404, _INVALID, "request_not_found", "not_found_error", 404)
     NO_MODEL = Row(404, _INVALID, "model_not_found", "not_found_error", 404)
     NO_PATH = Row(404, _INVALID, "unknown_url", "not_found_error", 404)
     NO_METHOD = Row(405, _INVALID, "method_not_allowed", _INVALID, 405)
@@ -62,6 +63,7 @@ class Kind(Enum):
     BUSY = Row(503, "service_unavailable_error", "server_is_overloaded", "overloaded_error", 529)
     LIMITS_AWAY = Row(503, "service_unavailable_error", "limits_unavailable", "overloaded_error", 529)
     # The engine's fault, or ours.
+    STATE_AWAY = Row(503, "service_unavailable_error", "state_unavailable", "overloaded_error", 529)
     NO_ENGINE = Row(503, "service_unavailable_error", "server_is_overloaded", "overloaded_error", 529)
     ENGINE_FAILED = Row(502, "server_error", "engine_failed", "api_error", 502)
     ENGINE_SLOW = Row(504, "server_error", "engine_timeout", "api_error", 504)
@@ -95,6 +97,8 @@ class Refusal:
     """What the log says instead of ``message``, where that may quote the client's request."""
     should_retry: bool | None = None
     """``x-should-retry`` where the kind's own does not hold."""
+    limit: str = ""
+    """Which limit refuses it, where one does."""
 
     def openai_error(self) -> dict[str, str | None]:
         """Return the object inside OpenAI's envelope."""

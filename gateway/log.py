@@ -33,7 +33,7 @@ class Log:
     ) -> None:
         self._form = form
         self._level = LEVELS[level]
-        self._wall = wall
+        self.wall = wall
         self._path = file
         self._stream: BinaryIO = sys.stderr.buffer if file is None else file.open("ab", buffering=0)
         self._lines: list[bytes] = []
@@ -44,7 +44,7 @@ class Log:
 
     def now(self) -> str:
         """Return the wall clock as ISO 8601 with milliseconds, UTC."""
-        wall = self._wall()
+        wall = self.wall()
         second = int(wall)
         if second != self._second:
             self._second = second

@@ -92,6 +92,9 @@ class Metrics:
         self.early_retries = 0
         self._limited: dict[tuple[str, str], int] = {}
         self._standing = ""
+        self._usage_stored = 0
+        self._usage_lost: dict[str, int] = {}
+        self._usage_waiting = (0, 0.0, 0)
         self.reloads = {"ok": 0, "refused": 0}
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -166,6 +169,18 @@ class Metrics:
         times = sum(sum(histogram.counts) for histogram in durations)
         return sum(histogram.total for histogram in durations) / times if times else 1.0
 
+    def usage_stored(self, rows: int) -> None:
+        """Count rows of the ledger that are in the database."""
+        self._usage_stored += rows
+
+    def usage_lost(self, reason: str, rows: int) -> None:
+        """Count rows of the ledger that never will be."""
+        self._usage_lost[reason] = self._usage_lost.get(reason, 0) + rows
+
+    def usage_waiting(self, rows: int, seconds: float, size: int) -> None:
+        """Note what is not in the database yet: rows, for how long the oldest, bytes on disk."""
+        self._usage_waiting = (rows, seconds, size)
+
     def reloaded(self, ok: bool) -> None:
         """Count a configuration reload."""
         self.reloads["ok" if ok else "refused"] += 1
@@ -191,6 +206,22 @@ class Metrics:
         for result, count in self.reloads.items():
             reloads.add_metric([result], count)
         yield reloads
+        yield from self._collect_usage()
+
+    def _collect_usage(self) -> Iterator[Metric]:
+        stored = CounterMetricFamily("forebay_usage_rows", "Rows of the usage ledger in the database", labels=[])
+        stored.add_metric([], self._usage_stored)
+        lost = CounterMetricFamily("forebay_usage_rows_lost", "Rows that were lost", labels=["reason"])
+        for reason, count in list(self._usage_lost.items()):
+            lost.add_metric([reason], count)
+        yield from (stored, lost)
+        rows, seconds, size = self._usage_waiting
+        for name, told, value in (
+            ("forebay_usage_waiting_rows", "Rows of the usage ledger not in the database yet", rows),
+            ("forebay_usage_lag_seconds", "How long the oldest of them has been waiting", seconds),
+            ("forebay_usage_spool_bytes", "Bytes of them on disk", size),
+        ):
+            yield GaugeMetricFamily(name, told, value=value)
 
     def _collect_limits(self) -> Iterator[Metric]:
         refused = CounterMetricFamily("forebay_limit_refusals", "Requests a limit refused", labels=["scope", "counts"])

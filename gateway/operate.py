@@ -100,6 +100,10 @@ class Operator:
         """Begin something with an endpoint."""
         return self._ask("POST", f"/admin/endpoints/{quote(name, safe='')}/{action}", fields or None)
 
+    def explain(self, request_id: str) -> dict[str, Any]:
+        """One request, as `GET /admin/requests/ID` tells it. OperateError when it is not known."""
+        return self._ask("GET", f"/admin/requests/{quote(request_id, safe='')}")
+
     def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         try:
             answer = self._client.request(method, path, json=body)

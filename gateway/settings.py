@@ -456,12 +456,18 @@ class MetricsSettings(Section):
 
 
 class State(Section):
-    """What survives a restart: keys."""
+    """What survives a restart: keys and the usage ledger."""
 
     url: str | None = Field(default=None, repr=False)
     """SQLAlchemy URL, postgresql+psycopg://… for several machines; a SQLite file in data_dir when left out."""
     key_cache: Duration = 3600.0
     """How long known keys keep working while the database cannot be reached."""
+    ledger: bool = True
+    """Whether every request leaves a row in the database: who, which model, tokens, how it ended; never a prompt."""
+    usage_days: Annotated[int, Field(ge=0)] = 400
+    """Days after which such a row is deleted; 0: never."""
+    spool: Size = 256 * MIB
+    """Most bytes of rows that wait in data_dir while the database is away; further ones are lost and counted."""
 
 
 class Discovery(Section):

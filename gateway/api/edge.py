@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ from gateway.serving.ticket import Outcome, Ticket
 
 MAX_CLIENT_ID = 512
 """Characters of ``x-client-request-id``, as OpenAI has it."""
+
+RECENT = 4096
+"""Requests that are kept in memory to be explained."""
 
 _JSON: Header = (b"content-type", b"application/json")
 _TEXTUAL = frozenset({b"", b"identity"})
@@ -82,6 +86,10 @@ class Edge:
         self.closing = False
         """Whether the gateway is about to stop: answers carry ``connection: close``."""
         self.active: set[Request] = set()
+        self.recent: deque[Ticket] = deque(maxlen=RECENT)
+        """The latest requests that ended."""
+        self.account: Callable[[Ticket], None] | None = None
+        """Who is told of every request that has ended: the ledger, if there is one."""
         self._executor = executor
         self._held = 0
         self._auth_time = metrics.overhead["auth"]
@@ -97,11 +105,14 @@ class Edge:
 
     def new_ticket(self, path: str) -> Ticket:
         """Open a request's account."""
-        return Ticket(self.metrics, self._settled, self.new_id(), path, self.deadlines.clock())
+        return Ticket(self.metrics, self._settled, self.new_id(), path, self.deadlines.clock(), self.log.wall())
 
     def _settled(self, ticket: Ticket, outcome: Outcome, status: int, now: float) -> None:
         line = ticket.line(outcome, status, now, self.log.now())
         self.log.write(line, line.level)
+        self.recent.append(ticket)
+        if self.account is not None:
+            self.account(ticket)
 
     def open(self, route: Route, pairs: Sequence[Header], peer: str) -> Request | Refused:
         """Read a request's headers (names in lower case): a request to run, or the refusal before any body is read."""
@@ -119,6 +130,7 @@ class Edge:
         if isinstance(who, Refusal):
             return Refused(route, ticket, who)
         ticket.key = who.name
+        ticket.key_id = who.public_id
         ticket.tenant = who.tenant
         refusal = _check_headers(headers, ticket)
         limit = self.rules.body if who.caps.body is None else min(self.rules.body, who.caps.body)
@@ -134,7 +146,8 @@ class Edge:
             request.reserved = length
             self._held += length
         self.active.add(request)
-        self._auth_time.observe(self.deadlines.clock() - ticket.started)
+        ticket.let_in_at = now = self.deadlines.clock()
+        self._auth_time.observe(now - ticket.started)
         return request
 
     @staticmethod
@@ -173,6 +186,7 @@ class Edge:
         """The way of a request, as it reads in ARCHITECTURE.md."""
         began = self.deadlines.clock()
         rules, ticket, who = self.rules, request.ticket, request.who
+        ticket.read_at = began
         if len(body) > rules.offload_above:
             reading = asyncio.get_running_loop().run_in_executor(
                 self._executor, read_body, body, request.route, who.caps, rules.media
@@ -206,7 +220,7 @@ class Edge:
         ticket.serve(asked.model, asked.stream)
         relay = Relay(order, ticket, client, self.pool, self.deadlines, rules.relay, self.metrics, self._done(request))
         request.relay = relay
-        now = self.deadlines.clock()
+        ticket.sent_at = now = self.deadlines.clock()
         self._policy_time.observe(now - began)
         relay.start(now)
 
@@ -215,6 +229,7 @@ class Edge:
         who, route, limiter = request.who, request.route, self.limiter
         address = "" if who.public_id else network_of(request.ticket.client)
         plan = limiter.plan(who, asked.model, self.pool.pool_of(asked.model), address)
+        request.ticket.organisation = plan.organisation
         facts = read_facts(route, asked.model, asked.fields, asked.max_tokens, body, who.public_id, request.first)
         return limiter.admit(plan, facts)
 
@@ -288,6 +303,7 @@ class Edge:
         """Settle a request that gets no relay; return status, headers and body of its answer."""
         status = route.dialect.status(refusal)
         ticket.error = refusal.message
+        ticket.refused_by = refusal.limit
         ticket.settle(OUTCOMES.get(refusal.kind, Outcome.REFUSED), status, self.deadlines.clock())
         headers = [_JSON, (b"x-request-id", ticket.request_id.encode("ascii")), EXPOSE, *refusal.extra_headers()]
         return status, headers, route.dialect.error_body(refusal, ticket.request_id)

@@ -18,7 +18,9 @@ from gateway.api.auth import may_use
 from gateway.api.edge import Edge
 from gateway.api.endpoints import ADMIN, Refused
 from gateway.api.routes import RELAYED
+from gateway.api.usage import USAGE
 from gateway.errors import Kind, Refusal, openai_body
+from gateway.serving.bookkeeper import Bookkeeper
 from gateway.serving.minded import Minders
 from gateway.serving.pool import Endpoint
 from gateway.state.keys import KeyRecord
@@ -85,6 +87,9 @@ async def metrics(request: Request) -> Response:
         edge.metrics.endpoint_cordoned(endpoint.name, endpoint.cordoned)
     for endpoint, state in request.app.state.minders.states.items():
         edge.metrics.engine_restarted(endpoint.name, state.restarts)
+    books = request.app.state.books
+    if books is not None:
+        books.measure()
     text = await asyncio.get_running_loop().run_in_executor(None, edge.metrics.render)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
@@ -105,12 +110,16 @@ def public_app(edge: Edge, version: str) -> FastAPI:
     return app
 
 
-def admin_app(edge: Edge, minders: Minders, public: FastAPI, version: str) -> FastAPI:
-    """Return what only operators reach: metrics, health, the documentation, and with an admin key the endpoints."""
-    routes = [*_HEALTH.routes, *_METRICS.routes, *ADMIN.routes]
+def admin_app(edge: Edge, minders: Minders, books: Bookkeeper | None, public: FastAPI, version: str) -> FastAPI:
+    """Return what only operators reach: metrics, health, the documentation, and with an admin key the rest.
+
+    ``books`` None: no ledger is kept.
+    """
+    routes = [*_HEALTH.routes, *_METRICS.routes, *ADMIN.routes, *USAGE.routes]
     app = FastAPI(title=f"{TITLE} (operators)", version=version, redoc_url=None, routes=routes)
     app.state.edge = edge
     app.state.minders = minders
+    app.state.books = books
     _handle_errors(app, edge)
     app.openapi = cache(lambda: schema(public, app))  # type: ignore[method-assign]
     return app

@@ -158,12 +158,12 @@ class Hold:
         if not facts.route.charged:
             return (Settlement.EXACT if whole else Settlement.VOID), Size(0, 0)
         if usage is not None and usage.prompt is not None:
-            known = Size(usage.prompt, usage.completion or 0, usage.cached or 0)
+            known = Size(usage.prompt, usage.completion or 0, usage.cached or 0, usage.reasoning or 0)
             # Usage comes last in OpenAI's dialect; in the others what comes first is not all.
             if (whole or facts.route.dialect is OPENAI) and (usage.completion is not None or not writes):
                 return Settlement.EXACT, known
             counted = max(known.output, self._limiter.tokens(facts, events))
-            return Settlement.COUNTED, Size(known.prompt, counted, known.cached)
+            return Settlement.COUNTED, Size(known.prompt, counted, known.cached, known.reasoning)
         if events and not whole:
             return Settlement.COUNTED, Size(size.prompt, self._limiter.tokens(facts, events))
         if whole and events and facts.route.streams and usage is None and writes and events > 1:

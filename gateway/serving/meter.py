@@ -21,6 +21,8 @@ class Usage(msgspec.Struct, frozen=True):
     prompt: int | None = None
     completion: int | None = None
     cached: int | None = None
+    reasoning: int | None = None
+    """Of the completion."""
 
     def merged(self, later: Usage) -> Usage:
         """Return this usage with what a later report says instead."""
@@ -28,11 +30,13 @@ class Usage(msgspec.Struct, frozen=True):
             self.prompt if later.prompt is None else later.prompt,
             self.completion if later.completion is None else later.completion,
             self.cached if later.cached is None else later.cached,
+            self.reasoning if later.reasoning is None else later.reasoning,
         )
 
 
 class _Details(msgspec.Struct):
     cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
 
 class UsageView(msgspec.Struct):
@@ -44,6 +48,8 @@ class UsageView(msgspec.Struct):
     output_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
     cache_read_input_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
 
@@ -55,10 +61,12 @@ class UsageView(msgspec.Struct):
         if prompt is None and self.input_tokens is not None:
             # Anthropic's input_tokens leave out what was read from the cache or written to it.
             prompt = self.input_tokens + (self.cache_read_input_tokens or 0) + (self.cache_creation_input_tokens or 0)
+        written = self.completion_tokens_details or self.output_tokens_details
         return Usage(
             prompt,
             self.completion_tokens if self.completion_tokens is not None else self.output_tokens,
             cached,
+            written.reasoning_tokens if written is not None else None,
         )
 
 

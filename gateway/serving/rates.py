@@ -90,7 +90,7 @@ def refusal(limit: Limit, refused: Refused, asked: int, model: str, hold_time: f
         f" Requested {_shown(limit, asked)}. Please try again in {go_duration(int(seconds * SECOND))}."
     )
     retry = seconds <= LONGEST_RETRY and not limit.budget
-    return Refusal(kind, told, retry_after=seconds, headers=tuple(headers), should_retry=retry)
+    return Refusal(kind, told, retry_after=seconds, headers=tuple(headers), should_retry=retry, limit=_name(limit))
 
 
 def never_fits(limit: Limit, asked: int, model: str) -> Refusal:
@@ -100,7 +100,11 @@ def never_fits(limit: Limit, asked: int, model: str) -> Refusal:
         f" Limit {_shown(limit, limit.shape.capacity)}, Requested {_shown(limit, asked)}."
         " The input or output tokens must be reduced."
     )
-    return Refusal(Kind.TOO_LARGE_FOR_LIMIT, told, should_retry=False)
+    return Refusal(Kind.TOO_LARGE_FOR_LIMIT, told, should_retry=False, limit=_name(limit))
+
+
+def _name(limit: Limit) -> str:
+    return f"{limit.scope} {limit.subject}: {limit.said}"
 
 
 def _shown(limit: Limit, amount: int) -> str:

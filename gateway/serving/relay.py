@@ -29,7 +29,7 @@ from gateway.serving.dialect import Route
 from gateway.serving.meter import Meter, Usage
 from gateway.serving.pool import Endpoint, Pool
 from gateway.serving.redact import redact
-from gateway.serving.ticket import Outcome, Ticket
+from gateway.serving.ticket import Attempt, Outcome, Ticket
 from gateway.serving.upstream import Connection, Loss
 
 Header = tuple[bytes, bytes]
@@ -37,6 +37,9 @@ Header = tuple[bytes, bytes]
 HEARTBEAT = b": keep-alive\n\n"
 MAX_ERROR_BODY = 1 << 20
 """Bytes of an engine's error answer that are read."""
+
+SHOWN_CANDIDATES = 8
+"""Of how many endpoints a request remembers what they had in flight when it chose among them."""
 
 WAITING, STREAMING, DONE = range(3)
 
@@ -195,12 +198,22 @@ class Relay:
         if endpoint is None:
             self._fail(failure or self._no_engine(), now)
             return
+        self._note_choice(endpoint, now, salted)
         self._tried.append(endpoint)
         self._ticket.endpoint = endpoint.name
         self._replayed = False
         self._take(endpoint)
         endpoint.sent(now)
         self._send(endpoint, now, fresh=False)
+
+    def _note_choice(self, endpoint: Endpoint, now: float, salted: bool) -> None:
+        """Keep what the choice was made by, for whoever asks afterwards."""
+        order = self._order
+        able = self._pool.able(order.model, order.route.path, salted)
+        loads = None
+        if len(able) > 1:
+            loads = [one.in_flight if one.available else -1 for one in able[:SHOWN_CANDIDATES]]
+        self._ticket.tried.append(Attempt(endpoint.name, now, endpoint.in_flight, able, loads, False))
 
     def _take(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -248,6 +261,7 @@ class Relay:
         now = self._clock()
         self._metrics.overhead["connect"].observe(now - self._last)
         self._connected = True
+        self._ticket.tried[-1].connected = now
         self._last = now
         self._rearm()
 
@@ -385,6 +399,8 @@ class Relay:
         now = self._clock()
         endpoint = self._endpoint
         assert endpoint is not None
+        attempt = self._ticket.tried[-1]
+        attempt.cause, attempt.ended = cause.value, now
         if self._connection is not None:
             self._connection.abort()
             self._connection = None
@@ -394,6 +410,8 @@ class Relay:
             then = decide(cause, len(self._tried), self._limits.retries, replayed=self._replayed)
         if then is Next.SAME:
             self._replayed = True
+            before = self._ticket.tried[-1]
+            self._ticket.tried.append(Attempt(endpoint.name, now, before.load, before.others, before.loads, True))
             self._send(endpoint, now, fresh=True)
             return
         self._give_back()

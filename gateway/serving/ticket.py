@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from gateway.metrics import Metrics
 from gateway.serving.limiter import Hold
 from gateway.serving.meter import Usage
+
+if TYPE_CHECKING:
+    from gateway.serving.pool import Endpoint
 
 
 class Outcome(enum.StrEnum):
@@ -61,6 +64,24 @@ class LogLine(msgspec.Struct, omit_defaults=True):
     error: str = ""
 
 
+class Attempt(msgspec.Struct, gc=False):
+    """One attempt at an engine. Times are the clock's; ``cause`` is empty while it runs and where it went well."""
+
+    endpoint: str
+    began: float
+    load: int
+    """What the endpoint had in flight when it was chosen."""
+    others: Sequence[Endpoint]
+    """Whoever it was chosen among."""
+    loads: list[int] | None
+    """What the first of these had in flight then, -1 where one could not be given work; None: it was the only one."""
+    again: bool
+    """Whether the connection before was found closed, and this is the same attempt once more."""
+    connected: float = 0.0
+    ended: float = 0.0
+    cause: str = ""
+
+
 class Ticket:
     """One request's identity, its clock marks and its account. Whoever opened it settles it, once, on every way out."""
 
@@ -68,11 +89,13 @@ class Ticket:
         "_metrics",
         "_sink",
         "accepted",
+        "at",
         "attempts",
         "bytes_in",
         "client",
         "client_request_id",
         "cost",
+        "ended",
         "endpoint",
         "error",
         "events",
@@ -80,19 +103,29 @@ class Ticket:
         "hold",
         "in_flight",
         "key",
+        "key_id",
         "last_at",
+        "let_in_at",
         "limits",
         "model",
+        "organisation",
+        "outcome",
         "path",
+        "read_at",
+        "refused_by",
         "request_id",
         "sdk_retry",
+        "sent_at",
         "series",
         "settled",
         "settlement",
         "started",
+        "status",
         "stream",
         "tenant",
+        "tried",
         "usage",
+        "version",
     )
 
     def __init__(
@@ -102,17 +135,28 @@ class Ticket:
         request_id: str,
         path: str,
         now: float,
+        at: float = 0.0,
     ) -> None:
         self._metrics = metrics
         self._sink = sink
         self.request_id = request_id
         self.path = path
+        self.at = at
+        """Unix time of its start."""
         self.started = now
+        # When each stage was over, 0 where it was not reached: headers, body, the steps up to the relay, first event.
+        self.let_in_at = 0.0
+        self.read_at = 0.0
+        self.sent_at = 0.0
         self.first_at = 0.0
         self.last_at = 0.0
         self.model = ""
         self.tenant = ""
+        self.organisation = ""
         self.key = ""
+        self.key_id = ""
+        self.version = ""
+        """Of the adapter that served it."""
         self.client = ""
         self.client_request_id = ""
         self.endpoint = ""
@@ -132,6 +176,12 @@ class Ticket:
         """In nano-dollars."""
         self.limits: tuple[tuple[str, str, int, int], ...] = ()
         """Bucket, what it counts, what was reserved of it and what was charged."""
+        self.refused_by = ""
+        """The bucket that refused it."""
+        self.tried: list[Attempt] = []
+        self.outcome: Outcome | None = None
+        self.status = 0
+        self.ended = 0.0
         self.series = metrics.model("")
         self.in_flight = False
         self.settled = False
@@ -164,6 +214,9 @@ class Ticket:
         if self.settled:
             raise RuntimeError(f"{self.request_id} was settled twice")
         self.settled = True
+        self.outcome = outcome
+        self.status = status
+        self.ended = now
         if self.in_flight:
             self.series.in_flight -= 1
             self.series.duration.observe(now - self.started)

@@ -50,6 +50,38 @@ keys_table = sa.Table(
     sa.Column("admin", sa.Boolean(create_constraint=False), nullable=False, server_default=sa.false()),
 )
 
+usage_table = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("request_id", sa.String(64), primary_key=True),
+    sa.Column("at", sa.DateTime(timezone=True), nullable=False),
+    sa.Column("day", sa.String(10), nullable=False),
+    sa.Column("key_id", sa.String(200), nullable=False),
+    sa.Column("key", sa.String(200), nullable=False),
+    sa.Column("tenant", sa.String(200), nullable=False),
+    sa.Column("organisation", sa.String(200), nullable=False),
+    sa.Column("model", sa.String(400), nullable=False),
+    sa.Column("version", sa.String(200), nullable=False),
+    sa.Column("path", sa.String(200), nullable=False),
+    sa.Column("endpoint", sa.String(400), nullable=False),
+    sa.Column("outcome", sa.String(32), nullable=False),
+    sa.Column("status", sa.Integer, nullable=False),
+    sa.Column("settlement", sa.String(16), nullable=False),
+    sa.Column("tokens_in", sa.Integer),
+    sa.Column("tokens_cached", sa.Integer),
+    sa.Column("tokens_out", sa.Integer),
+    sa.Column("tokens_reasoning", sa.Integer),
+    sa.Column("cost_nanos", sa.BigInteger, nullable=False),
+    sa.Column("ttft_ms", sa.Float),
+    sa.Column("duration_ms", sa.Float, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+    sa.Index("ix_usage_at", "at"),
+    sa.Index("ix_usage_key_id_at", "key_id", "at"),
+    sa.Index("ix_usage_tenant_at", "tenant", "at"),
+    sa.Index("ix_usage_model_at", "model", "at"),
+)
+
 version_table = sa.Table(
     "state_version",
     metadata,

@@ -121,7 +121,7 @@ def test_other_line_ends_give_the_same(recording: Recording, ending: bytes) -> N
         ("vllm", "chat_stream", None),
         ("vllm", "comp_stream_usage", Usage(5, 4, None)),
         ("vllm", "messages_stream", Usage(37, 4, None)),
-        ("vllm", "responses_stream", Usage(37, 4, 0)),
+        ("vllm", "responses_stream", Usage(37, 4, 0, 0)),
         ("sglang", "chat_stream_usage", Usage(37, 8, 36)),
         ("sglang", "chat_stream_nousage", None),
         ("lmdeploy", "chat_stream", None),

@@ -171,11 +171,11 @@ def settings_for(face: Face, folder: Path, upstreams: Iterable[ScriptedUpstream 
     }
     settings = Settings(**{**parts, **more})
     if settings.auth == "keys" and settings.state.url is None:
-        _give_database(settings.data_dir / "forebay.db")
+        give_database(settings.data_dir / "forebay.db")
     return settings
 
 
-def _give_database(file: Path) -> None:
+def give_database(file: Path) -> None:
     """Put an up-to-date state database there, unless there is something: making one costs more than many a test."""
     if not file.exists():
         file.touch(mode=0o600)
@@ -211,11 +211,25 @@ async def running(settings: Settings, clock: ManualClock, path: Path | None = No
         await replica.close()
         replica.log.close()
     assert not replica.edge.active, "a request outlived the gateway"
+    assert accounted(replica) >= settled(replica), "a request is in no ledger"
     assert not any(endpoint.in_flight for endpoint in replica.pool.endpoints), "a request gave its place never back"
     store = replica.edge.limiter.store
     if isinstance(store, MemoryStore):
         held = [name for name, (shape, bucket) in store._buckets.items() if shape.slots and bucket.level]
         assert not held, "a request gave a slot never back"
+
+
+def settled(replica: Replica) -> int:
+    """Return how many requests have ended."""
+    return sum(sum(series.outcomes.values()) for series in replica.metrics._series.values())
+
+
+def accounted(replica: Replica) -> int:
+    """Return how many rows a gateway that is closed has written, left for the next start or lost, and says so."""
+    if replica.books is None:
+        return settled(replica)
+    metrics = replica.metrics
+    return metrics._usage_stored + metrics._usage_waiting[0] + sum(metrics._usage_lost.values())
 
 
 @pytest.fixture(params=["protocol", "asgi"])

@@ -48,7 +48,7 @@ def test_a_recorded_answer_changes_in_its_model_alone(recording: Recording) -> N
     [
         ("vllm", "chat_basic", Usage(37, 8, None)),
         ("vllm", "comp_basic", Usage(5, 12, None)),
-        ("vllm", "responses", Usage(37, 8, 0)),
+        ("vllm", "responses", Usage(37, 8, 0, 0)),
         ("vllm", "messages", Usage(37, 8, None)),
         ("vllm", "tokenize", None),
         ("sglang", "chat_nonstream", Usage(37, 8, 0)),
