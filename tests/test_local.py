@@ -48,7 +48,7 @@ from gateway.state.database import StateError
 from gateway.state.keys import KeyStore
 from tests.support.sockets import bind_free, free_port
 
-FAKE = [sys.executable, str(Path(__file__).with_name("fake_child.py"))]
+FAKE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_child.py"))]
 
 
 QUICK = RestartPolicy(first=0.01, never_ready=1)
@@ -100,7 +100,7 @@ class House:
         return asyncio.create_task(running)
 
     async def replica_answers(self) -> None:
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(verify=False) as client:
             assert (await client.get(f"http://127.0.0.1:{self.port}/health/ready")).is_success
 
     @property
@@ -115,7 +115,7 @@ async def house(tmp_path: Path) -> House:
 
 async def end_at(url: str, unix: Path | None = None) -> None:
     """Make a fake child end by itself."""
-    transport = httpx.AsyncHTTPTransport(uds=str(unix) if unix else None)
+    transport = httpx.AsyncHTTPTransport(verify=False, uds=str(unix) if unix else None)
     async with httpx.AsyncClient(transport=transport) as client:
         with suppress(httpx.TransportError):
             await client.get(f"{url}/exit")
