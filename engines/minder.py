@@ -1582,7 +1582,7 @@ def this_program() -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _AS_MODULE, str(Path(__file__).resolve())]
 
 
-# As a module it comes compiled from the cache; as a script it would be compiled anew, a third of the time to start.
+# As a module it comes compiled from the cache; as a script it would be compiled anew, a fifth of the time to start.
 _AS_MODULE = """\
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
