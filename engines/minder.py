@@ -1579,7 +1579,17 @@ def supervised(command: Sequence[str], log_path: Path, owner: int) -> list[str]:
 def this_program() -> list[str]:
     """Return how this file is run as a program."""
     # No site packages, no environment: nothing of the owner's installation can disturb it.
-    return [sys.executable, "-I", "-S", str(Path(__file__).resolve())]
+    return [sys.executable, "-I", "-S", "-c", _AS_MODULE, str(Path(__file__).resolve())]
+
+
+# As a module it comes compiled from the cache; as a script it would be compiled anew, a fifth of the time to start.
+_AS_MODULE = """\
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("minder", sys.argv[1])
+sys.modules["minder"] = minder = module_from_spec(spec)
+spec.loader.exec_module(minder)
+sys.exit(minder.main(sys.argv[2:]))"""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -66,6 +67,11 @@ at everything that lives stops the event loop."""
 def microseconds() -> int:
     """Return the time of the wall clock."""
     return time.time_ns() // 1000
+
+
+@cache
+def _release() -> str:
+    return metadata.version("forebay")
 
 
 class Replica:
@@ -168,7 +174,7 @@ class Replica:
 
     def _make_listeners(self) -> None:
         settings, listen = self.settings, self.settings.listen
-        version = metadata.version("forebay")
+        version = _release()
         public = public_app(self.edge, version)
         rest = WithRequestId(public, self.edge)
         rules = connection_rules(settings, listen.keep_alive)

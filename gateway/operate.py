@@ -210,12 +210,13 @@ async def show_logs(address: str, lines: int, follow: bool, tell: Tell) -> None:
 
 async def stop_engine(address: str, drain: float, grace: float) -> str:
     """Stop an engine and its minder in order; return how it ended."""
-    async with minder_client(address) as client:
+    async with minder_client(address) as client, contextlib.aclosing(client.events()) as told:
+        # Heard from before it is told: an engine may end, and its minder leave, at once.
+        await anext(told, None)
         state = await client.call("POST", "/stop", drain=drain, grace=grace, leave=True)
         with contextlib.suppress(MinderError):
-            async with contextlib.aclosing(client.events()) as told:
-                async for item in told:
-                    state = item if isinstance(item, State) else state
+            async for item in told:
+                state = item if isinstance(item, State) else state
     return state.message or f"{state.name} stopped"
 
 

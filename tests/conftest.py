@@ -58,6 +58,13 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run what takes the session's real engine away after all else, whatever names and rooms: for a while, for good."""
+    marks = ("real_engine", "ends_the_session"), ("real_engine", "ends_the_engine")
+    items.sort(key=lambda item: [all(item.get_closest_marker(one) for one in both) for both in marks])
+
+
 @pytest.fixture(autouse=True)
 def leak_check(request: pytest.FixtureRequest) -> None:
     """Put the leak check around every asynchronous test: after fixtures of wider scope, before all others."""

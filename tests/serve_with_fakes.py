@@ -21,7 +21,7 @@ from gateway import cli, local
 from gateway.greeting import Display
 from gateway.settings import LocalEngine, Settings
 
-FAKE = [sys.executable, str(Path(__file__).with_name("fake_child.py"))]
+FAKE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_child.py"))]
 ORDER = os.environ["FAKE_ORDER"]
 
 

@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result
 from gateway.cli import app
 from gateway.settings import load
 from gateway.state.keys import KeyStore
+from tests.support.gateway import give_database
 from tests.support.sockets import bind_free, free_port
 
 ROOT = Path(__file__).parents[1]
@@ -292,11 +293,17 @@ Start = Callable[..., Command]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start commands: ``start("serve", …)``, ``fakes=True`` for a fake engine; they are ended with the test."""
+def start(tmp_path: Path, home: Path) -> Iterator[Start]:
+    """Start commands: ``start("serve", …)``, ``fakes=True`` for a fake engine; they are ended with the test.
+
+    ``fresh=True`` for the first start in a data directory, which takes its time to make a database.
+    """
     started: list[Command] = []
 
-    def start_command(*arguments: str, fakes: bool = True, **environment: str) -> Command:
+    def start_command(*arguments: str, fakes: bool = True, fresh: bool = False, **environment: str) -> Command:
+        if not fresh:
+            home.mkdir(mode=0o700, exist_ok=True)
+            give_database(home / "forebay.db")
         module = "tests.serve_with_fakes" if fakes else "gateway.cli"
         ports = {"FOREBAY_ADMIN__PORT": "0", "FOREBAY_LISTEN__PORT": "0"}
         started.append(Command(module, arguments, {**ports, **environment}, tmp_path))
@@ -319,7 +326,7 @@ def pasted(greeting: str) -> tuple[str, str]:
 
 
 def test_serve_runs_engine_and_gateway_and_ctrl_c_stops_both(start: Start) -> None:
-    command = start("serve")
+    command = start("serve", fresh=True)
     url, key = pasted(command.wait_ready())
     answer = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"})
     assert [model["id"] for model in answer.json()["data"]] == ["fake-model"]
@@ -406,7 +413,14 @@ def test_a_signal_while_it_installs_stops_it(start: Start, tmp_path: Path) -> No
 
 def test_serve_in_front_of_a_running_engine_needs_no_child(start: Start, tmp_path: Path) -> None:
     port = free_port()
-    engine = [sys.executable, str(ROOT / "tests" / "fake_child.py"), "engine", str(tmp_path / "engine-order")]
+    engine = [
+        sys.executable,
+        "-I",
+        "-S",
+        str(ROOT / "tests" / "fake_child.py"),
+        "engine",
+        str(tmp_path / "engine-order"),
+    ]
     with subprocess.Popen([*engine, "--port", str(port)]) as running:
         try:
             command = start("serve", "--upstream", f"http://127.0.0.1:{port}", fakes=False)

@@ -46,9 +46,11 @@ from gateway.operate import stop_engine
 from gateway.settings import Settings, load
 from gateway.state.database import StateError
 from gateway.state.keys import KeyStore
+from tests.support.control import EVENTS, control_port, event, said
+from tests.support.control import STATE as SERVES
 from tests.support.sockets import bind_free, free_port
 
-FAKE = [sys.executable, str(Path(__file__).with_name("fake_child.py"))]
+FAKE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_child.py"))]
 
 
 QUICK = RestartPolicy(first=0.01, never_ready=1)
@@ -100,7 +102,7 @@ class House:
         return asyncio.create_task(running)
 
     async def replica_answers(self) -> None:
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(verify=False) as client:
             assert (await client.get(f"http://127.0.0.1:{self.port}/health/ready")).is_success
 
     @property
@@ -115,7 +117,7 @@ async def house(tmp_path: Path) -> House:
 
 async def end_at(url: str, unix: Path | None = None) -> None:
     """Make a fake child end by itself."""
-    transport = httpx.AsyncHTTPTransport(uds=str(unix) if unix else None)
+    transport = httpx.AsyncHTTPTransport(verify=False, uds=str(unix) if unix else None)
     async with httpx.AsyncClient(transport=transport) as client:
         with suppress(httpx.TransportError):
             await client.get(f"{url}/exit")
@@ -228,6 +230,25 @@ async def test_a_kept_engine_outlives_its_gateway_and_the_next_one_takes_it_over
         await running
     await stop_engine(f"unix:{last.minders[0].control}", drain=0, grace=0)
     assert last.order[-4:] == ["engine down", "engine up", "gateway up", "gateway down"]
+
+
+async def test_how_an_engine_ended_is_told_however_soon_it_did(tmp_path: Path) -> None:
+    """Its minder leaves with it, and answers nobody who asks afterwards."""
+    stopped = asyncio.Event()
+
+    async def answer(call: str, writer: asyncio.StreamWriter) -> None:
+        if call == "POST /stop":
+            writer.write(said(SERVES))
+            await writer.drain()
+            stopped.set()
+        elif not stopped.is_set():
+            writer.write(EVENTS + event())
+            await stopped.wait()
+            writer.write(event(phase="stopped", message="fake stopped (exit code 0)"))
+
+    async with control_port(tmp_path / "control", answer):
+        told = await stop_engine(f"unix:{tmp_path / 'control'}", drain=0, grace=0)
+    assert told == "fake stopped (exit code 0)"
 
 
 async def test_without_the_gateway_the_engines_stop(house: House) -> None:

@@ -144,7 +144,7 @@ def client_for(spec: EndpointSpec) -> httpx.AsyncClient:
     address = spec.address
     headers = {} if spec.api_key is None else {"authorization": f"Bearer {spec.api_key}"}
     if address.unix is not None:
-        transport = httpx.AsyncHTTPTransport(uds=address.unix)
+        transport = httpx.AsyncHTTPTransport(verify=False, uds=address.unix)
         base = "http://localhost"
     else:
         transport = httpx.AsyncHTTPTransport(verify=address.tls or False)

@@ -38,7 +38,7 @@ KEYS = (
 )
 STREAM = play(load("vllm", "chat_stream"))
 GOOD = play(load("vllm", "chat_basic"))
-FAKE_CHILD = [sys.executable, str(Path(__file__).parents[1] / "fake_child.py")]
+FAKE_CHILD = [sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "fake_child.py")]
 
 
 async def act(gateway: Gateway, name: str, action: str, body: Any = None) -> Response:

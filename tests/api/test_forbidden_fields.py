@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import openai
 import pytest
 
 from engines.registry import ENGINES
@@ -121,6 +120,8 @@ async def test_a_field_of_any_engine_is_refused_where_several_kinds_serve_one_mo
 @pytest.mark.parametrize("name", ["lora_path", "adapter_name", "vllm_xargs"])
 async def test_an_sdk_is_told_which_field_it_was(gateway: Gateway, upstream: ScriptedUpstream, name: str) -> None:
     """What is called ``extra_body`` there are fields of the body like all others."""
+    import openai
+
     async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=KEY, max_retries=0) as client:
         with pytest.raises(openai.BadRequestError) as caught:
             await client.chat.completions.create(

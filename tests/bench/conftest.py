@@ -24,10 +24,10 @@ def compiler_is_there() -> bool:
 
 
 @pytest.fixture(scope="session")
-def tools(tmp_path_factory: pytest.TempPathFactory) -> Tools:
+def tools() -> Tools:
     if not compiler_is_there():
         pytest.skip("there is no C compiler")
-    return build(tmp_path_factory.mktemp("bench-tools"))
+    return build()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tests.support import recordings
 
 
 async def post(port: int, body: bytes) -> httpx.Response:
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+    async with httpx.AsyncClient(verify=False, base_url=f"http://127.0.0.1:{port}") as client:
         return await client.post("/v1/chat/completions", content=body)
 
 
@@ -66,7 +66,7 @@ async def test_a_body_may_come_in_chunks(engine: int) -> None:
         for start in range(0, len(body), 30_000):
             yield body[start : start + 30_000]
 
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{engine}") as client:
+    async with httpx.AsyncClient(verify=False, base_url=f"http://127.0.0.1:{engine}") as client:
         for _ in range(2):
             response = await client.post("/v1/chat/completions", content=pieces())
             assert response.json()["model"] == "mock-model"
@@ -74,7 +74,7 @@ async def test_a_body_may_come_in_chunks(engine: int) -> None:
 
 async def test_it_counts_connections_and_streams_that_were_hung_up(engine: int) -> None:
     async with (
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{engine}") as client,
+        httpx.AsyncClient(verify=False, base_url=f"http://127.0.0.1:{engine}") as client,
         client.stream(
             "POST",
             "/v1/chat/completions",

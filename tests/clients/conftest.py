@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 
@@ -180,9 +180,11 @@ async def gateway_server(
 
 
 @pytest.fixture(scope="session")
-def node_client() -> None:
-    """Make the Node client ready, installing it once into the ignored ``node_modules``."""
+def node_client() -> Iterator[node.Client]:
+    """The Node client, installed once into the ignored ``node_modules``; one process for all its tests."""
     try:
         node.install()
     except node.NodeError as error:
         pytest.fail(str(error), pytrace=False)
+    with closing(node.Client()) as client:
+        yield client

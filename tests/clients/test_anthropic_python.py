@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import pytest
-from anthropic import AsyncAnthropic
 
 from tests.clients.server import Server
 
+if TYPE_CHECKING:
+    from anthropic import AsyncAnthropic
 
-def client_for(server: Server, key: str | None = None) -> AsyncAnthropic:
+
+def client_for(server: Server, **credential: str) -> AsyncAnthropic:
     """Return a client that appends ``/v1/messages`` itself and sends its key as ``x-api-key``."""
+    # Here, so that only who runs these tests loads it: that takes a second.
+    from anthropic import AsyncAnthropic, DefaultAsyncHttpxClient
+
     return AsyncAnthropic(
-        base_url=server.base_url.removesuffix("/v1"), api_key=key or server.api_key or "unused", max_retries=0
+        base_url=server.base_url.removesuffix("/v1"),
+        max_retries=0,
+        # Reading all authorities' certificates at the start of each client takes longer than a test.
+        http_client=DefaultAsyncHttpxClient(verify=server.base_url.startswith("https:")),
+        **(credential or {"api_key": server.api_key or "unused"}),  # type: ignore[arg-type]
     )
 
 
@@ -69,6 +77,8 @@ async def test_the_events_come_in_their_order(client: AsyncAnthropic, gateway_se
 
 
 async def test_an_unknown_model_is_not_found(client: AsyncAnthropic, gateway_server: Server) -> None:
+    import anthropic
+
     with pytest.raises(anthropic.NotFoundError, match="ghost") as caught:
         await client.messages.create(**message(gateway_server, "messages_err"))
     if gateway_server.speaks_for_itself:
@@ -80,6 +90,8 @@ async def test_an_unknown_model_is_not_found(client: AsyncAnthropic, gateway_ser
 
 async def test_a_wrong_field_is_a_bad_request(client: AsyncAnthropic, gateway_server: Server) -> None:
     """A field that steers the engine is no client's to send; the request is refused before any engine hears of it."""
+    import anthropic
+
     with pytest.raises(anthropic.BadRequestError, match="'priority'") as caught:
         await client.messages.create(**message(gateway_server, "messages", priority=-1))
     assert isinstance(caught.value.body, dict)
@@ -87,9 +99,11 @@ async def test_a_wrong_field_is_a_bad_request(client: AsyncAnthropic, gateway_se
 
 
 async def test_a_wrong_key_is_an_authentication_error(gateway_server: Server) -> None:
+    import anthropic
+
     if not gateway_server.api_key:
         pytest.skip("the server at --server-url takes any key")
-    async with client_for(gateway_server, "sk-wrong") as stranger:
+    async with client_for(gateway_server, api_key="sk-wrong") as stranger:
         with pytest.raises(anthropic.AuthenticationError) as caught:
             await stranger.messages.create(**message(gateway_server, "messages"))
     assert isinstance(caught.value.body, dict)
@@ -98,7 +112,6 @@ async def test_a_wrong_key_is_an_authentication_error(gateway_server: Server) ->
 
 async def test_a_token_is_as_good_as_a_key(gateway_server: Server) -> None:
     """``ANTHROPIC_AUTH_TOKEN`` goes as ``Authorization: Bearer``."""
-    base_url = gateway_server.base_url.removesuffix("/v1")
-    async with AsyncAnthropic(base_url=base_url, auth_token=gateway_server.api_key, max_retries=0) as client:
+    async with client_for(gateway_server, auth_token=gateway_server.api_key) as client:
         answer = await client.messages.create(**message(gateway_server, "messages"))
     assert answer.content

@@ -10,8 +10,6 @@ import pytest
 from tests.clients.server import Server
 from tests.support import node
 
-pytestmark = pytest.mark.usefixtures("node_client")
-
 
 def chat(server: Server, recording: str, *, max_tokens: int | None = None, **more: Any) -> dict[str, Any]:
     """Return a call of chat.completions.create named like the recording whose request it sends."""
@@ -24,8 +22,8 @@ def text_of(chunks: list[dict[str, Any]]) -> str:
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
 
 
-async def test_chat_tools_and_schema(server: Server) -> None:
-    results = await node.run(
+async def test_chat_tools_and_schema(server: Server, node_client: node.Client) -> None:
+    results = await node_client.run(
         server.base_url,
         server.api_key,
         [
@@ -46,10 +44,10 @@ async def test_chat_tools_and_schema(server: Server) -> None:
     assert set(json.loads(text)) == {"city", "n"}
 
 
-async def test_streams(server: Server) -> None:
+async def test_streams(server: Server, node_client: node.Client) -> None:
     """With usage the last chunk has no choices; without it there is neither usage nor such a chunk."""
     names = ("chat_stream_usage", "chat_stream", "chat_stream_tool_required")
-    results = await node.run(server.base_url, server.api_key, [chat(server, name) for name in names])
+    results = await node_client.run(server.base_url, server.api_key, [chat(server, name) for name in names])
     assert all("error" not in result for result in results.values())
     *content, last = results["chat_stream_usage"]["chunks"]
     assert last["choices"] == []
@@ -68,8 +66,8 @@ async def test_streams(server: Server) -> None:
     assert parts[0]["function"]["name"] == "get_weather"
 
 
-async def test_completions_responses_and_models(server: Server) -> None:
-    results = await node.run(
+async def test_completions_responses_and_models(server: Server, node_client: node.Client) -> None:
+    results = await node_client.run(
         server.base_url,
         server.api_key,
         [
@@ -87,8 +85,8 @@ async def test_completions_responses_and_models(server: Server) -> None:
     assert server.model in [model["id"] for model in results["models"]["value"]["data"]]
 
 
-async def test_errors_are_the_right_classes(server: Server) -> None:
-    results = await node.run(
+async def test_errors_are_the_right_classes(server: Server, node_client: node.Client) -> None:
+    results = await node_client.run(
         server.base_url,
         server.api_key,
         [chat(server, name) for name in ("lora_unknown_model_stream", "err_temperature_neg", "err_prompt_too_long")],
@@ -104,19 +102,19 @@ async def test_errors_are_the_right_classes(server: Server) -> None:
         assert all(error["type"] == "invalid_request_error" and error["requestID"] for error in errors.values())
 
 
-async def test_a_wrong_key_is_an_authentication_error(server: Server) -> None:
+async def test_a_wrong_key_is_an_authentication_error(server: Server, node_client: node.Client) -> None:
     if not server.api_key:
         pytest.skip("the server at --server-url takes any key")
-    results = await node.run(server.base_url, server.api_key, [chat(server, "chat_basic", apiKey="sk-wrong")])
+    results = await node_client.run(server.base_url, server.api_key, [chat(server, "chat_basic", apiKey="sk-wrong")])
     error = results["chat_basic"]["error"]
     assert (error["class"], error["status"]) == ("AuthenticationError", 401)
     if server.speaks_for_itself:
         assert error["code"] == "invalid_api_key"
 
 
-async def test_an_application_may_leave_a_stream_early(server: Server) -> None:
+async def test_an_application_may_leave_a_stream_early(server: Server, node_client: node.Client) -> None:
     """``break`` after two chunks: no error, and the next call works."""
-    results = await node.run(
+    results = await node_client.run(
         server.base_url, server.api_key, [chat(server, "chat_stream", stopAfter=2), chat(server, "chat_basic")]
     )
     assert len(results["chat_stream"]["chunks"]) == 2

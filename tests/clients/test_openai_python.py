@@ -9,19 +9,32 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
-from openai.types.chat import ChatCompletionChunk
 
 from tests.clients.server import Server
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+    from openai.types.chat import ChatCompletionChunk
+
+
+def client_for(server: Server, key: str | None = None) -> AsyncOpenAI:
+    """Return a client that does not try again."""
+    # Here, so that only who runs these tests loads it.
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    # Reading all authorities' certificates at the start of each client takes longer than a test.
+    plain = DefaultAsyncHttpxClient(verify=server.base_url.startswith("https:"))
+    return AsyncOpenAI(
+        base_url=server.base_url, api_key=key or server.api_key or "unused", max_retries=0, http_client=plain
+    )
 
 
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=server.base_url, api_key=server.api_key, max_retries=0) as opened:
+    async with client_for(server) as opened:
         yield opened
 
 
@@ -163,6 +176,8 @@ async def test_models(client: AsyncOpenAI, server: Server) -> None:
 
 @pytest.mark.parametrize("recording", ["lora_unknown_model", "lora_unknown_model_stream"])
 async def test_an_unknown_model_is_not_found(client: AsyncOpenAI, server: Server, recording: str) -> None:
+    import openai
+
     with pytest.raises(openai.NotFoundError, match="ghost") as caught:
         await client.chat.completions.create(**server.request(recording))
     if server.speaks_for_itself:
@@ -170,6 +185,8 @@ async def test_an_unknown_model_is_not_found(client: AsyncOpenAI, server: Server
 
 
 async def test_a_wrong_value_is_a_bad_request(client: AsyncOpenAI, server: Server) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="temperature") as caught:
         await client.chat.completions.create(**server.request("err_temperature_neg"))
     if server.speaks_for_itself:
@@ -179,6 +196,8 @@ async def test_a_wrong_value_is_a_bad_request(client: AsyncOpenAI, server: Serve
 @pytest.mark.parametrize("recording", ["err_prompt_too_long", "err_prompt_too_long_stream"])
 async def test_too_long_a_prompt_is_a_bad_request(client: AsyncOpenAI, server: Server, recording: str) -> None:
     """Streamed or not: the status is the error's, no stream is begun."""
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="context length") as caught:
         await client.chat.completions.create(**server.request(recording))
     if server.speaks_for_itself:
@@ -186,9 +205,11 @@ async def test_too_long_a_prompt_is_a_bad_request(client: AsyncOpenAI, server: S
 
 
 async def test_a_wrong_key_is_an_authentication_error(server: Server) -> None:
+    import openai
+
     if not server.api_key:
         pytest.skip("the server at --server-url takes any key")
-    async with AsyncOpenAI(base_url=server.base_url, api_key="sk-wrong", max_retries=0) as stranger:
+    async with client_for(server, "sk-wrong") as stranger:
         with pytest.raises(openai.AuthenticationError) as caught:
             await stranger.chat.completions.create(**server.request("chat_basic"))
     if server.speaks_for_itself:
@@ -198,6 +219,8 @@ async def test_a_wrong_key_is_an_authentication_error(server: Server) -> None:
 
 async def test_the_synchronous_client_streams_too(server: Server) -> None:
     """It reads on a thread of its own while the server runs on this loop."""
+
+    from openai import OpenAI
 
     def read() -> list[ChatCompletionChunk]:
         with OpenAI(base_url=server.base_url, api_key=server.api_key or "unused", max_retries=0) as blocking:

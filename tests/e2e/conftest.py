@@ -16,19 +16,7 @@ from tests.support.real_engine import ANSWER_WITHIN, RealEngine, served, vllm_en
 
 __all__ = ["face", "served", "start_gateway", "vllm_engine"]
 
-ENDS_THE_SESSION = "ends_the_session"
 _MEASURED = "measured"
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Make known the mark of the test that takes the session's engine away."""
-    config.addinivalue_line("markers", f"{ENDS_THE_SESSION}: stops the engine that all tests share, so it runs last")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the test that takes the session's engine away after every other one, whatever their names and rooms."""
-    items.sort(key=lambda item: item.get_closest_marker(ENDS_THE_SESSION) is not None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from tests.e2e.conftest import Measure
 from tests.e2e.forwarder import forwarding
-from tests.support.real_engine import ANSWER_WITHIN, RealEngine, data_directory, engine_leader
+from tests.support.real_engine import ANSWER_WITHIN, RealEngine, data_directory, engine_leader, serves_again
 from tests.support.real_engine import START_WITHIN as COMES_BACK_WITHIN
 from tests.support.served import PROGRAM, Served
 from tests.support.sockets import free_port
@@ -43,7 +43,7 @@ def paste(served: Served) -> dict[str, object]:
 
 
 def test_it_is_what_make_serve_runs() -> None:
-    """The same program with the same data directory; only ports, log and keys are the tests' own."""
+    """The same program with the same data directory; ports, log, keys and the engine's sizes are the tests' own."""
     outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     dry = subprocess.run(["make", "-n", "serve"], cwd=ROOT, env=outer, capture_output=True, text=True, check=True)
     assert dry.stdout.splitlines()[-1] == "exec .venv/bin/forebay serve"
@@ -121,7 +121,7 @@ def test_in_front_of_a_running_engine_an_address_is_all_it_needs(
     assert not (home / "engines").exists()
 
 
-@pytest.mark.ends_the_session
+@pytest.mark.ends_the_engine
 @real_engine
 def test_an_engine_whose_worker_is_killed_comes_back(served: Served, vllm_engine: RealEngine, measure: Measure) -> None:
     """Near the end of the session, by its mark: this engine is another one afterwards."""
@@ -162,6 +162,7 @@ def test_an_engine_whose_worker_is_killed_comes_back(served: Served, vllm_engine
 @real_engine
 def test_ctrl_c_stops_everything_and_leaves_nothing(served: Served, vllm_engine: RealEngine, measure: Measure) -> None:
     """The last test of the session, by its mark: afterwards there is no engine any more."""
+    serves_again(served)
     socket = Path(vllm_engine.url.removeprefix("unix:"))
     assert socket.exists()
     names = [" ".join(process.cmdline()) for process in served.family()]

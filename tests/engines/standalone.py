@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
 
@@ -15,12 +15,13 @@ import psutil
 import pytest
 
 from engines import minder as minder_module
-from engines.minder import State
+from engines.minder import State, this_program
 from engines.minding import MinderClient, MinderError
 from tests.engines.test_minder import FAKE, GONE_WITHIN, assert_gone
 from tests.support.sockets import free_port
 
-PROGRAM = [sys.executable, "-I", "-S", str(Path(minder_module.__file__))]
+AS_A_FILE = [sys.executable, "-I", "-S", str(Path(minder_module.__file__))]
+"""As it is run in an engine's image; ``this_program`` starts sooner."""
 TOKEN = "a-token-of-some-length"
 SETTLE = 0.1
 """Seconds that what an engine leaves behind gets to end by itself."""
@@ -30,7 +31,14 @@ QUICK = ("--restart", "first=0.01")
 class Standalone:
     """`minder.py run` in front of a fake engine. ``process`` is the keeper, whose child is the agent."""
 
-    def __init__(self, folder: Path, *arguments: str, engine: tuple[str, ...] = (), tcp: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        engine: tuple[str, ...] = (),
+        tcp: bool = False,
+        program: Sequence[str] | None = None,
+    ) -> None:
         self.engine_address = f"unix:{folder / 'engine.sock'}"
         self.control = f"http://127.0.0.1:{free_port()}" if tcp else f"unix:{folder / 'control'}"
         self.log = folder / "engine.log"
@@ -38,7 +46,7 @@ class Standalone:
         said = ["--name", "fake", "--control", self.control, "--log", str(self.log), "--address", self.engine_address]
         said += ["--settle", str(SETTLE)]
         self.process = subprocess.Popen(
-            [*PROGRAM, "run", *said, *arguments, "--", *self.command],
+            [*(program or this_program()), "run", *said, *arguments, "--", *self.command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, **({"FOREBAY_MINDER_TOKEN": TOKEN} if tcp else {})},

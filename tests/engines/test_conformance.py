@@ -5,18 +5,22 @@ their own, their kernels are plain PyTorch (``engines/shims``). What an engine c
 the test then shows what happens instead.
 
 An engine is started for all tests of its kind, with room for ten requests of which two run, and with an adapter. A test
-that ends it comes last.
+that ends it comes last. vLLM is the one that all tests of a real engine share, since loading it takes longest of all.
+That one is on a Unix socket, so it has no key, and gets its adapter while it runs; a start on a port, with a key and
+with an adapter, is one more test among those of all engines.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import msgspec
@@ -25,18 +29,29 @@ import pytest
 from pydantic import SecretStr
 
 from engines.conformance import CHECKS, Verdict, run_check
-from engines.launch import AdapterSlots
 from engines.protocol import Call, Capability, Dispatch, EngineError, Target
 from engines.registry import ENGINES
 from gateway.settings import Upstream
 from gateway.trial import subject_of
 from tests.conftest import Connect
+from tests.support import real_engine
 from tests.support.adapters import make_adapter
 from tests.support.client import RawClient, error_of
 from tests.support.gateway import AUTH, CHAT, Face, Gateway, StartGateway, serving, start_gateway
-from tests.support.real_engine import ANSWER_WITHIN, RealEngine, busy, free, load_of, patience, running
+from tests.support.real_engine import (
+    ANSWER_WITHIN,
+    SLOTS,
+    RealEngine,
+    busy,
+    engine_of,
+    free,
+    load_of,
+    patience,
+    running,
+)
 from tests.support.recordings import load
 from tests.support.script import DONE, play
+from tests.support.served import Served
 from tests.support.upstream import ScriptedUpstream
 
 __all__ = ["patience", "start_gateway"]
@@ -49,7 +64,7 @@ PROMPT = "Once upon a time there was a gateway. " * 40
 """Longer than the 128 tokens that vLLM caches at once on a CPU."""
 JSON = {"content-type": "application/json"}
 RUNNING, QUEUED = 2, 8
-"""Requests an engine runs, and keeps waiting where it can be told."""
+"""Requests an engine runs, and keeps waiting where it can be told; the shared vLLM has room for as many together."""
 LENGTHS = {"simulated": 16384}
 """Tokens of context, where it is not 2048: a simulated engine is quick, so that its endless answers are longer."""
 ARGUMENTS = {"simulated": ("--speed", "10")}
@@ -62,14 +77,29 @@ KINDS = [
 ]
 
 
+class Keeper(Protocol):
+    """Holds one kind's engine for all its tests."""
+
+    running: int
+    """Requests the engine works on at once."""
+
+    def engine(self) -> RealEngine:
+        """Return it, alive."""
+        ...
+
+    def close(self) -> None:
+        """Have done with it."""
+        ...
+
+
 class Kept:
     """One kind's engine, with a key of its own: started when a test wants it, again after one that ended it."""
 
+    running = RUNNING
+
     def __init__(self, kind: str, adapter: Path) -> None:
         self._kind = kind
-        self._adapters = AdapterSlots(
-            active=2, rank=8, targets=("q_proj", "v_proj"), at_start=((ADAPTER, str(adapter)),)
-        )
+        self._adapters = replace(SLOTS, at_start=((ADAPTER, str(adapter)),))
         self._stack = ExitStack()
         self._engine: RealEngine | None = None
 
@@ -96,17 +126,45 @@ class Kept:
         self._stack.close()
 
 
+class Shared:
+    """The session's vLLM, which has the adapter meanwhile. Who kills it ends the session for this room."""
+
+    running = real_engine.RUNNING
+
+    def __init__(self, served: Served, adapter: Path) -> None:
+        self._vllm, self._engine = ENGINES["vllm"], engine_of(served)
+        self._tell(self._vllm.load_adapter(ADAPTER, str(adapter)))
+
+    def _tell(self, call: Call | None) -> None:
+        assert call is not None
+        with self._engine.client() as client:
+            answer = client.request(call.method, call.path, content=call.body, headers=JSON)
+        assert self._vllm.read_adapter_answer(answer.status_code, answer.content) is None, answer.text
+
+    def engine(self) -> RealEngine:
+        """Return it."""
+        return self._engine
+
+    def close(self) -> None:
+        """Take the adapter out, unless a test has killed the engine it was in."""
+        if psutil.pid_exists(self._engine.pid):
+            self._tell(self._vllm.unload_adapter(ADAPTER))
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeper]:
     """Each kind in turn."""
-    with closing(Kept(request.param, make_adapter(tmp_path_factory.mktemp("adapters") / "loud", 8, 1))) as one:
+    adapter = make_adapter(tmp_path_factory.mktemp("adapters") / "loud", 8, 1)
+    shared = request.param == "vllm"
+    one: Keeper = Shared(request.getfixturevalue("served"), adapter) if shared else Kept(request.param, adapter)
+    with closing(one):
         # Before any test begins: what a test leaves behind is counted from its own beginning.
         one.engine()
         yield one
 
 
 @pytest.fixture
-def engine(kept: Kept) -> RealEngine:
+def engine(kept: Keeper) -> RealEngine:
     """The kind's engine."""
     return kept.engine()
 
@@ -126,8 +184,8 @@ async def gateway(start_gateway: StartGateway, engine: RealEngine, patience: Non
 
 
 def behind(engine: RealEngine) -> Upstream:
-    assert engine.api_key is not None
-    return Upstream(url=engine.url, engine=engine.kind, api_key=SecretStr(engine.api_key))
+    key = SecretStr(engine.api_key) if engine.api_key is not None else None
+    return Upstream(url=engine.url, engine=engine.kind, api_key=key)
 
 
 def ask(engine: RealEngine, **fields: Any) -> dict[str, Any]:
@@ -153,20 +211,41 @@ def everywhere(engine: RealEngine) -> dict[str, dict[str, Any]]:
 
 
 def test_it_starts_as_it_was_told(engine: RealEngine) -> None:
-    """It is well, serves what was named, and everything but its health needs the key, which no other user can read."""
-    kind, family = ENGINES[engine.kind], engine.family()
+    """It is well, serves what was named, and is for its owner alone."""
     with engine.client() as client:
+        kind = ENGINES[engine.kind]
         listed = {model.name for model in kind.read_models(client.get(kind.models_path).content)}
-        assert listed == {engine.model, ADAPTER}
-        assert load_of(engine) is not None
+    assert listed == {engine.model, ADAPTER}
+    assert load_of(engine) is not None
+    if engine.api_key is None:
+        folder = Path(engine.url.removeprefix("unix:")).parent
+        assert (folder.stat().st_uid, folder.stat().st_mode & 0o777) == (os.geteuid(), 0o700)
+    else:
+        assert_its_key_is_asked_for(engine, engine.api_key)
+
+
+def assert_its_key_is_asked_for(engine: RealEngine, key: str) -> None:
+    """Everything but its health needs the key, which no other user can read."""
+    kind, family = ENGINES[engine.kind], engine.family()
     with httpx.Client(base_url=engine.url) as stranger:
         assert stranger.get(kind.ready_path).status_code == 200
         for method, path in (("POST", CHAT), ("GET", kind.models_path)):
             assert stranger.request(method, path, json={}).status_code == 401, path
-    assert engine.api_key is not None
     assert family
-    assert not any(engine.api_key in " ".join(process.cmdline()) for process in family)
-    assert engine.api_key not in engine.log_path.read_text()
+    assert not any(key in " ".join(process.cmdline()) for process in family)
+    assert key not in engine.log_path.read_text()
+
+
+@pytest.mark.all_engines
+def test_vllm_on_a_port_has_a_key_and_its_adapter_from_the_start(tmp_path: Path) -> None:
+    """The one that all share has neither. It answers by either name."""
+    with closing(Kept("vllm", make_adapter(tmp_path / "loud", 8, 1))) as one:
+        engine = one.engine()
+        test_it_starts_as_it_was_told(engine)
+        with engine.client() as direct:
+            answers = [direct.post(CHAT, json=ask(engine, model=name)) for name in (engine.model, ADAPTER)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 2
 
 
 # --- what a client may rely on ---------------------------------------------------------------------------------
@@ -280,7 +359,7 @@ def test_a_salt_keeps_prefix_caches_apart(engine: RealEngine) -> None:
 
 
 async def test_overload(
-    engine: RealEngine, gateway: Gateway, start_gateway: StartGateway, upstream: ScriptedUpstream
+    kept: Keeper, engine: RealEngine, gateway: Gateway, start_gateway: StartGateway, upstream: ScriptedUpstream
 ) -> None:
     """A full engine's refusal is a 503 that says when to come again; beside another engine it is not seen at all.
 
@@ -294,13 +373,13 @@ async def test_overload(
             await keep_busy(engine, gateway, stack)
             if bounded:
                 # One after the other: those that come before any is taken up wait too, and would be too many.
-                await busy(engine, running=min(number + 1, RUNNING), waiting=max(number + 1 - RUNNING, 0))
+                await busy(engine, running=min(number + 1, kept.running), waiting=max(number + 1 - kept.running, 0))
         if bounded:
             await refused_when_alone(engine, gateway)
             answers = [await both.ask(ask(engine, stream=True)) for _ in range(4)]
             assert [(answer.status, answer.complete) for answer in answers] == [(200, True)] * 4
         else:
-            await busy(engine, running=RUNNING, waiting=0)
+            await busy(engine, running=kept.running, waiting=0)
             late = asyncio.create_task(gateway.ask(ask(engine)))
     await free(engine)
     if not bounded:
@@ -346,6 +425,7 @@ async def test_drain(engine: RealEngine, gateway: Gateway, connect: Connect) -> 
     await free(engine)
 
 
+@pytest.mark.ends_the_engine
 async def test_killed(engine: RealEngine, gateway: Gateway, connect: Connect) -> None:
     """`kill -9`: a stream that has begun ends with an error event, what comes after is refused, no process is left."""
     family = engine.family()

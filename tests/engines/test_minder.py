@@ -25,7 +25,7 @@ from engines.minder import Address, Exit, Lines, Phase, RestartPolicy, cause_of,
 from engines.minding import PERSONS, Minder, MinderError
 from tests.support.sockets import bind_free, free_port
 
-FAKE = [sys.executable, str(Path(__file__).with_name("fake_engine.py"))]
+FAKE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_engine.py"))]
 GONE_WITHIN = 20.0
 """Seconds after which a process that should be gone counts as left behind; it is not waited out when all is well."""
 

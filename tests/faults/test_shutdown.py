@@ -28,6 +28,7 @@ from tests.support.gateway import (
     Gateway,
     StartGateway,
     chat,
+    give_database,
     relayed,
     serving,
 )
@@ -219,7 +220,10 @@ async def test_a_client_that_takes_nothing_does_not_hold_it_up(
 
 @asynccontextmanager
 async def process(face: Face, folder: Path, upstream: ScriptedUpstream, **shutdown: Any) -> AsyncIterator[Any]:
-    """Run a replica as the process it is in production; yields it with its address as ``url``."""
+    """Run a replica as the process it is in production; yields it with its address as ``url``.
+
+    Starting one takes longer than a hundred tests, so each test has one face here; what both do is shown above.
+    """
     engine = serving(upstream)
     port = free_port()
     config = {
@@ -230,6 +234,7 @@ async def process(face: Face, folder: Path, upstream: ScriptedUpstream, **shutdo
         "upstreams": [{"url": engine.url, "models": {MODEL: ENGINE_MODEL}}],
         "shutdown": shutdown,
     }
+    give_database(folder / "forebay.db")
     file = folder / "forebay.yaml"
     file.write_text(yaml.safe_dump(config))
     started = await asyncio.create_subprocess_exec(
@@ -248,6 +253,7 @@ async def process(face: Face, folder: Path, upstream: ScriptedUpstream, **shutdo
         await started.communicate()
 
 
+@pytest.mark.parametrize("face", ["protocol"])
 async def test_sigterm_ends_the_process_with_code_0(
     face: Face, tmp_path: Path, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
@@ -271,6 +277,7 @@ async def test_sigterm_ends_the_process_with_code_0(
         probe.bind(("127.0.0.1", int(url.rpartition(":")[2])))
 
 
+@pytest.mark.parametrize("face", ["asgi"])
 async def test_a_second_sigterm_ends_it_now(
     face: Face, tmp_path: Path, upstream: ScriptedUpstream, connect: Connect
 ) -> None:

@@ -25,7 +25,7 @@ from gateway.store.memory import MemoryStore
 from tests.support.client import RawClient, Response, request_bytes
 from tests.support.clock import ManualClock
 from tests.support.http1 import Headers
-from tests.support.journal import PATIENCE
+from tests.support.journal import EAGER_TURNS, PATIENCE
 from tests.support.recordings import load as load_recording
 from tests.support.script import Script, play
 from tests.support.sockets import bind_free
@@ -119,9 +119,6 @@ class Gateway:
         ]
 
 
-EAGER_TURNS = 100
-
-
 async def until(condition: Any, otherwise: str) -> None:
     """Give way to the event loop until ``condition()`` holds. Raises ``AssertionError`` when it does not come true."""
     loop = asyncio.get_running_loop()
@@ -130,7 +127,6 @@ async def until(condition: Any, otherwise: str) -> None:
     while not condition():
         assert loop.time() < deadline, otherwise
         turns += 1
-        # What this loop does takes a few turns; whatever takes longer needs the processor that turning would burn.
         await asyncio.sleep(0 if turns < EAGER_TURNS else 0.001)
 
 

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 # on it.
 PATIENCE = 10.0
 
+# What this process does takes a few turns of the event loop; whatever takes longer needs the processor that turning
+# would burn.
+EAGER_TURNS = 100
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:

@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 PROGRAM = Path(__file__).resolve().parent.parent / "clients" / "node"
 
-# What run.mjs needs of the platform (fetch, web streams, stream/consumers). The openai package declares 22, and runs
+# What run.mjs needs of the platform (fetch, web streams). The openai package declares 22, and runs
 # on 20.
 OLDEST_NODE = 20
 
@@ -78,28 +80,50 @@ def _check_programs() -> None:
         raise NodeError(f"node {version} is too old. {advice}")
 
 
-async def run(base_url: str, api_key: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Run calls one after the other and return name → result, as described in ``run.mjs``.
+class Client:
+    """A Node process that runs calls for one test after the other: starting one takes longer than all it is asked."""
 
-    ``base_url`` ends with ``/v1``. Raises ``NodeError`` with what the program wrote to standard error.
-    """
-    program = await asyncio.create_subprocess_exec(
-        _path_of("node"),
-        "run.mjs",
-        cwd=PROGRAM,
-        env={"PATH": SEARCH, "BASE_URL": base_url, "API_KEY": api_key},
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(RUN_TIMEOUT):
-            output, complaints = await program.communicate(json.dumps(list(calls)).encode())
-    except TimeoutError:
-        program.kill()
-        await program.wait()
-        raise NodeError(f"the client program was not through after {RUN_TIMEOUT:.0f} s") from None
-    if program.returncode != 0:
-        raise NodeError(f"the client program ended with code {program.returncode}:\n{complaints.decode()[-2000:]}")
-    results: dict[str, Any] = json.loads(output)
-    return results
+    def __init__(self) -> None:
+        self._complaints = TemporaryFile("w+")  # noqa: SIM115 - closed by close
+        self._process = subprocess.Popen(
+            [_path_of("node"), "run.mjs"],
+            cwd=PROGRAM,
+            env={"PATH": SEARCH},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            text=True,
+        )
+
+    async def run(self, base_url: str, api_key: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Run calls one after the other and return name → result, as described in ``run.mjs``.
+
+        ``base_url`` ends with ``/v1``. Raises ``NodeError`` with what the program wrote to standard error.
+        """
+        line = json.dumps({"baseURL": base_url, "apiKey": api_key, "calls": list(calls)})
+        giving_up = asyncio.get_running_loop().call_later(RUN_TIMEOUT, self._process.kill)
+        # On a thread: what it calls is served by this loop.
+        answer = await asyncio.to_thread(self._ask, line)
+        giving_up.cancel()
+        if not answer:
+            code = self._process.wait()
+            self._complaints.seek(0)
+            raise NodeError(
+                f"the client program was not through after {RUN_TIMEOUT:.0f} s, or failed; it ended with code {code}:\n"
+                f"{self._complaints.read()[-2000:]}"
+            )
+        results: dict[str, Any] = json.loads(answer)
+        return results
+
+    def _ask(self, line: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            print(line, file=self._process.stdin, flush=True)
+        return self._process.stdout.readline()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._complaints.close()

@@ -1,7 +1,8 @@
 """One real vLLM on the CPU for a whole test session: the one that a real ``forebay serve`` has started.
 
 Loading an engine is what takes longest of all, so the command under test and the engine under test are one: every test
-of a real engine speaks to that engine's own socket, those of the command to the command, and the last one stops both.
+of vLLM speaks to that engine's own socket, those of the command to the command, and the last one stops both. It is
+started once; two tests near the end kill it, and it comes back.
 Environment and model live in the data directory that ``FOREBAY_HOME`` names, else in ``.forebay/`` of this checkout,
 and are made there on first use. What takes long is told on standard error, past pytest's capture.
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import json
 import os
 import random
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +31,7 @@ import pytest
 
 from engines.devices import Device
 from engines.environments import EngineEnvironment, ensure_environment, recipe_for
-from engines.launch import LaunchSpec, process_environment
+from engines.launch import AdapterSlots, LaunchSpec, process_environment
 from engines.minder import Address, RestartPolicy
 from engines.minding import Minder
 from engines.models import ModelFiles, prepare_model
@@ -196,6 +199,10 @@ async def busy(engine: RealEngine, running: int, waiting: int, within: float = A
     return loop.time() - began
 
 
+RUNNING, QUEUED = 8, 2
+"""Requests that the session's engine runs, and keeps waiting: a full one is soon had, and eight streams run at once."""
+SLOTS = AdapterSlots(active=2, rank=8, targets=("q_proj", "v_proj"))
+"""Its room for adapters; it has none until a test loads one."""
 _SERVED = pytest.StashKey[Served]()
 
 
@@ -206,7 +213,11 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if _SERVED not in stash:
         ports = (engine_port(), engine_port())
         home = {"FOREBAY_HOME": str(data_directory())}
-        stash[_SERVED] = started = Served((), tmp_path_factory.mktemp("served"), ports, _tell, **home)
+        folder = tmp_path_factory.mktemp("served")
+        slots = {"active": SLOTS.active, "rank": SLOTS.rank, "targets": SLOTS.targets}
+        engine = {"name": "local", "max_running": RUNNING, "max_queued": QUEUED, "adapters": slots}
+        (folder / "forebay.yaml").write_text(json.dumps({"engines": [engine]}))
+        stash[_SERVED] = started = Served((), folder, ports, _tell, **home)
         request.config.add_cleanup(started.stop)
     try:
         stash[_SERVED].wait_ready(PREPARE_WITHIN + START_WITHIN)
@@ -220,6 +231,11 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def vllm_engine(served: Served) -> RealEngine:
     """The engine of the session's ``forebay serve``, spoken to past the gateway that stands in front of it."""
+    return engine_of(served)
+
+
+def engine_of(served: Served) -> RealEngine:
+    """Return the engine as it is now: another one after each time it was killed."""
     leader = engine_leader(served)
     said = dict(itertools.pairwise(leader.cmdline()))
     return RealEngine(
@@ -238,6 +254,16 @@ def engine_leader(served: Served) -> psutil.Process:
     [agent] = keeper.children()
     [leader] = agent.children()
     return leader
+
+
+def serves_again(served: Served) -> None:
+    """Wait until the engine, which a test may just have killed, works again."""
+    question = {"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+    until = time.monotonic() + START_WITHIN
+    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {served.key}"}) as client:
+        while client.post("/v1/chat/completions", json=question, timeout=ANSWER_WITHIN).status_code != httpx.codes.OK:
+            assert time.monotonic() < until, served.err
+            time.sleep(0.2)
 
 
 @contextmanager

@@ -106,6 +106,10 @@ def unread_by_peer(sock: socket.socket) -> int:
     return not_sent + on_the_way + peer.queued
 
 
+# Asked thousands of times by some tests; opened before any of them begins to count sockets.
+_kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) if sys.platform == "linux" else None
+
+
 class _Peer(NamedTuple):
     """What the kernel knows of a TCP socket: bytes it received so far, bytes the process has not read."""
 
@@ -121,9 +125,9 @@ def _socket_at(family: int, *, local: tuple[object, ...], remote: tuple[object, 
     with_tcp_info, every_state = 2, 0xFFFFFFFF
     query = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, with_tcp_info, every_state)
     query += ends + addresses + bytes(4) + any_cookie
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
-        kernel.send(struct.pack("=IHHII", 16 + len(query), SOCK_DIAG_BY_FAMILY, 1, 0, 0) + query)
-        answer = kernel.recv(4096)
+    assert _kernel is not None
+    _kernel.send(struct.pack("=IHHII", 16 + len(query), SOCK_DIAG_BY_FAMILY, 1, 0, 0) + query)
+    answer = _kernel.recv(4096)
     (kind,) = struct.unpack_from("=H", answer, 4)
     if kind != SOCK_DIAG_BY_FAMILY:
         return None

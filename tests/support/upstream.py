@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from tests.support.http1 import BodyReader, ProtocolError, header, parse_head
-from tests.support.journal import Entry, Journal
+from tests.support.journal import EAGER_TURNS, Entry, Journal
 from tests.support.recordings import Recording
 from tests.support.script import Do, Gate, Script, json_answer, nothing, play
 from tests.support.sockets import bind_free, reset_on_close, tcp_socket, unread_by_peer
@@ -390,8 +390,10 @@ class _Connection(asyncio.Protocol):
     async def _until_read(self) -> None:
         """Give way to the event loop until the peer has taken every byte out of its kernel."""
         sock = self.transport.get_extra_info("socket")
+        turns = 0
         while self.transport.get_write_buffer_size() or unread_by_peer(sock):
-            await asyncio.sleep(0)
+            turns += 1
+            await asyncio.sleep(0 if turns < EAGER_TURNS else 0.001)
 
     def finish(self, how: Do) -> None:
         """Close or reset the connection from this end."""

@@ -1,22 +1,22 @@
 // Runs calls with the official openai client for Node and prints what an application would have seen.
 //
-// Environment: BASE_URL (ends with /v1), API_KEY.
-// Standard input: a JSON list of calls {name, resource, body?, apiKey?, stopAfter?}.
+// Standard input: lines of JSON {baseURL, apiKey, calls}; baseURL ends with /v1. Each line gets one line in answer.
+// calls: a list of {name, resource, body?, apiKey?, stopAfter?}.
 //   resource   "chat", "completions", "responses" or "models"
 //   body       what the application passes to create(); its `stream` decides how the answer is read
-//   apiKey     a key other than API_KEY
+//   apiKey     another key than that of the line
 //   stopAfter  leave a stream after that many chunks, as an application does with `break`
-// Standard output: a JSON object name -> {value} | {chunks} | {chunks?, error}.
+// Standard output, for each line: a JSON object name -> {value} | {chunks} | {chunks?, error}.
 //
 // Retries are off, so that one call is one request.
 
 import OpenAI from "openai";
-import { text } from "node:stream/consumers";
+import { createInterface } from "node:readline";
 
-function clientFor(call) {
+function clientFor(server, call) {
   return new OpenAI({
-    baseURL: process.env.BASE_URL,
-    apiKey: call.apiKey ?? process.env.API_KEY,
+    baseURL: server.baseURL,
+    apiKey: call.apiKey ?? server.apiKey,
     maxRetries: 0,
   });
 }
@@ -60,10 +60,10 @@ function describe(error) {
   };
 }
 
-async function run(call) {
+async function run(server, call) {
   const chunks = [];
   try {
-    const answer = await start(clientFor(call), call);
+    const answer = await start(clientFor(server, call), call);
     if (!call.body?.stream) {
       return { value: answer };
     }
@@ -74,8 +74,11 @@ async function run(call) {
   }
 }
 
-const results = {};
-for (const call of JSON.parse(await text(process.stdin))) {
-  results[call.name] = await run(call);
+for await (const line of createInterface({ input: process.stdin })) {
+  const { calls, ...server } = JSON.parse(line);
+  const results = {};
+  for (const call of calls) {
+    results[call.name] = await run(server, call);
+  }
+  process.stdout.write(`${JSON.stringify(results)}\n`);
 }
-process.stdout.write(JSON.stringify(results));

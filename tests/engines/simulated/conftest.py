@@ -48,7 +48,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             server = Server(arguments().parse_args([*usual, *more]))
             listener = await server.start()
             url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-            client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10))
+            client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10, verify=False))
 
             async def stop() -> None:
                 listener.close()
