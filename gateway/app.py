@@ -162,7 +162,8 @@ class Replica:
         self._protocols.append(bound(self.edge, rules, RELAYED, fast=fast))
         self.listeners.append(Listener(face, sock, self._protocols[0], tls, listen.backlog))
         if settings.admin.enabled:
-            admin = WithRequestId(SmallBodies(admin_app(self.edge, self.minders, public, version)), self.edge)
+            operators = admin_app(self.edge, self.minders, self.keyring, public, version)
+            admin = WithRequestId(SmallBodies(operators), self.edge)
             sock = bind(settings.admin.host, settings.admin.port)
             self._protocols.append(bound(self.edge, rules, RELAYED, fast=False))
             self.listeners.append(Listener(admin, sock, self._protocols[1], None, listen.backlog))

@@ -46,6 +46,9 @@ class Kind(Enum):
     NO_ADMIN = Row(403, "permission_error", "admin_only", "permission_error", 403)
     NO_ENDPOINT = Row(404, _INVALID, "endpoint_not_found", "not_found_error", 404)
     NOT_POSSIBLE = Row(400, _INVALID, "not_possible", _INVALID, 400)
+    DECLARED = Row(400, _INVALID, "declared_in_file", _INVALID, 400)
+    NOT_FOUND = Row(404, _INVALID, "not_found", "not_found_error", 404)
+    STALE = Row(412, _INVALID, "changed_meanwhile", _INVALID, 412)
     NO_MODEL = Row(404, _INVALID, "model_not_found", "not_found_error", 404)
     NO_PATH = Row(404, _INVALID, "unknown_url", "not_found_error", 404)
     NO_METHOD = Row(405, _INVALID, "method_not_allowed", _INVALID, 405)
@@ -63,6 +66,7 @@ class Kind(Enum):
     LIMITS_AWAY = Row(503, "service_unavailable_error", "limits_unavailable", "overloaded_error", 529)
     # The engine's fault, or ours.
     NO_ENGINE = Row(503, "service_unavailable_error", "server_is_overloaded", "overloaded_error", 529)
+    NO_STATE = Row(503, "service_unavailable_error", "state_unavailable", "overloaded_error", 529)
     ENGINE_FAILED = Row(502, "server_error", "engine_failed", "api_error", 502)
     ENGINE_SLOW = Row(504, "server_error", "engine_timeout", "api_error", 504)
     SHUTDOWN = Row(503, "service_unavailable_error", "server_shutting_down", "overloaded_error", 529)

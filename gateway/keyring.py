@@ -14,6 +14,8 @@ from gateway.log import Log
 from gateway.settings import Settings
 from gateway.state.database import StateError, exists, upgrade
 from gateway.state.keys import KeySnapshot, KeyStore, declared, merge
+from gateway.state.management import Management
+from gateway.state.store import Actor
 
 POLL_INTERVAL = 1.0
 """Seconds between two looks at the database's version."""
@@ -54,6 +56,17 @@ class Keyring:
         self._store = KeyStore(settings.state_url)
         self._snapshot = self._store.load_all()
         self._seen_at = self._clock()
+
+    def management(self, actor: Actor) -> Management:
+        """What is done to keys and tenants in somebody's name. StateError where there is no database."""
+        if self._store is None:
+            raise StateError("this gateway uses no state database: `auth` is none, and there was none at its start")
+        return Management(self._store.acting_as(actor), self._settings)
+
+    @property
+    def snapshot(self) -> KeySnapshot:
+        """What the database held at the last look: keys, tenants and organisations."""
+        return self._snapshot
 
     def _apply(self, settings: Settings) -> None:
         known = merge(declared(settings.keys), self._snapshot)
