@@ -285,7 +285,13 @@ async def _do(request: Request, work: Callable[[Management], T]) -> T:
         management = managed.management(Actor(f"key {who.name} {of}", request.state.request_id))
         return await asyncio.to_thread(work, management)
     except StateError as error:
-        raise Refused(Refusal(_kind(error), f"{str(error)[0].upper()}{str(error)[1:]}.")) from None
+        raise Refused(Refusal(_kind(error), _sentence(str(error)))) from None
+
+
+def _sentence(text: str) -> str:
+    """As the API's other messages are written; the name of a field stays as it is."""
+    first = text.partition(" ")[0]
+    return f"{text if first.endswith(':') else text[0].upper() + text[1:]}."
 
 
 _KINDS: dict[type[StateError], Kind] = {
