@@ -59,7 +59,7 @@ class KeyRecord:
     admin: bool = False
     """Whether it may use the admin API."""
     limits: LimitSet | None = None
-    """What it may use in a time, besides what its tenant may."""
+    """What it may use, as it is declared for this key itself."""
     replaces: str | None = None
     """Public id of the key it was rotated from."""
 
