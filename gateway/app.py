@@ -84,7 +84,8 @@ class Replica:
         self.pool = Pool(Catalogue(), health_rules(settings))
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="forebay")
         self.authenticator = Authenticator({})
-        self.keyring = Keyring(settings, self.authenticator, self.log, clock)
+        self.limiter = Limiter(open_store(settings, wall), declared(settings.limits), self.metrics, wall)
+        self.keyring = Keyring(settings, self.authenticator, self.log, clock, self.limiter.configure)
         self.edge = Edge(
             self.authenticator,
             self.pool,
@@ -93,7 +94,7 @@ class Replica:
             self.log,
             self.executor,
             edge_rules(settings),
-            Limiter(open_store(settings, wall), declared(settings.limits), self.metrics, wall),
+            self.limiter,
         )
         looks = settings.discovery
         self.watcher = Watcher(self.pool, self.metrics, self.log, clock, looks.interval, looks.down_interval)
@@ -242,7 +243,6 @@ class Replica:
             protocol.rules = rules
         self.settings = settings
         self.edge.rules = edge_rules(settings)
-        self.edge.limiter.configure(declared(settings.limits))
         self.pool.judge_by(health_rules(settings))
         self.watcher.interval = settings.discovery.interval
         self.watcher.down_interval = settings.discovery.down_interval

@@ -254,6 +254,23 @@ async def test_tenants_and_organisations(api: Api) -> None:
         assert (await api("GET", path)).status == 404
 
 
+async def test_limits_of_the_database_count_at_once(api: Api) -> None:
+    """Those a key has from its tenant, and those of its own once it has some."""
+    await api.ok("PUT", "tenants/research", {"keys": {"requests": {"rate": "1/h", "burst": 1}}})
+    made = await api.ok("POST", "keys", {"name": "bob", "tenant": "research"})
+
+    async def asked() -> int:
+        return (await api.gateway.ask(chat(), headers=[("authorization", f"Bearer {made['key']}")])).status
+
+    assert [await asked(), await asked()] == [200, 429]
+    await api.ok("PATCH", "keys/bob", {"limits": {"requests": "none"}})
+    assert [await asked(), await asked()] == [200, 200]
+    await api.ok("PATCH", "keys/bob", {"limits": None})
+    assert await asked() == 429
+    await api.ok("PUT", "tenants/research", {})
+    assert await asked() == 200
+
+
 # --- audit -----------------------------------------------------------------------------------------------------------
 
 
