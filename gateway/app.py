@@ -93,7 +93,8 @@ class Replica:
         self.pool = Pool(Catalogue(), health_rules(settings))
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="forebay")
         self.authenticator = Authenticator({})
-        self.keyring = Keyring(settings, self.authenticator, self.log, clock)
+        self.limiter = Limiter(open_store(settings, wall), declared(settings.limits), self.metrics, wall)
+        self.keyring = Keyring(settings, self.authenticator, self.log, clock, self.limiter.configure)
         self.edge = Edge(
             self.authenticator,
             self.pool,
@@ -102,7 +103,7 @@ class Replica:
             self.log,
             self.executor,
             edge_rules(settings),
-            Limiter(open_store(settings, wall), declared(settings.limits), self.metrics, wall),
+            self.limiter,
         )
         self.books = self._open_books(settings, clock)
         looks = settings.discovery
@@ -185,9 +186,8 @@ class Replica:
         self._protocols.append(bound(self.edge, rules, RELAYED, fast=fast))
         self.listeners.append(Listener(face, sock, self._protocols[0], tls, listen.backlog))
         if settings.admin.enabled:
-            admin = WithRequestId(
-                SmallBodies(admin_app(self.edge, self.minders, self.books, public, version)), self.edge
-            )
+            operators = admin_app(self.edge, self.minders, self.keyring, self.books, public, version)
+            admin = WithRequestId(SmallBodies(operators), self.edge)
             sock = bind(settings.admin.host, settings.admin.port)
             self._protocols.append(bound(self.edge, rules, RELAYED, fast=False))
             self.listeners.append(Listener(admin, sock, self._protocols[1], None, listen.backlog))
@@ -266,7 +266,6 @@ class Replica:
             protocol.rules = rules
         self.settings = settings
         self.edge.rules = edge_rules(settings)
-        self.edge.limiter.configure(declared(settings.limits))
         self.pool.judge_by(health_rules(settings))
         self.watcher.interval = settings.discovery.interval
         self.watcher.down_interval = settings.discovery.down_interval

@@ -149,9 +149,9 @@ class KeySettings(Section):
     trust_domain: Name | None = None
     """Keys of one trust domain may share an engine's prefix cache."""
     admin: bool = False
-    """Whether it may use the admin API: see, drain and restart engines."""
+    """Whether it may use the admin API: manage keys and tenants; see, drain and restart engines."""
     limits: LimitSet | None = None
-    """What it may use; what is left out is its tenant's, its organisation's or the default."""
+    """What it may use; what is left out is its tenant\'s, its organisation\'s or the default."""
 
     @model_validator(mode="after")
     def _one_source(self) -> KeySettings:
@@ -761,36 +761,49 @@ def section_of(annotation: object) -> type[BaseModel] | None:
     return next((section for section in found if section is not None), None)
 
 
-def _all_paths(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
-    """Every key of the tree, dotted, with [] for the items of a list."""
+def _items(annotation: object) -> str:
+    """How a path goes on from a list of sections, or from a mapping to sections; empty for anything else."""
+    kind = str(annotation)
+    return "[]" if kind.startswith("tuple") else ".*" if kind.startswith("dict") else ""
+
+
+def _all_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of the tree, dotted, with [] for the items of a list and * for those of a mapping."""
     for name, field in section.model_fields.items():
         yield prefix + name
         inner = section_of(field.annotation)
         if inner is not None:
-            is_list = str(field.annotation).startswith("tuple")
-            yield from _all_paths(inner, f"{prefix}{name}{'[]' if is_list else ''}.")
+            yield from _all_paths(inner, f"{prefix}{name}{_items(field.annotation)}.")
 
 
-def _dotted(location: Sequence[str | int]) -> str:
-    """`upstreams[1].url` for a location, without the names pydantic gives to the arms of a union."""
-    path = ""
-    section: type[BaseModel] | None = Settings
+def _dotted(location: Sequence[str | int], root: type[BaseModel]) -> tuple[str, str]:
+    """`upstreams[1].url` for a location, without the names pydantic gives to the arms of a union; and the same as
+    `_all_paths` has it, `upstreams[].url`."""
+    path = general = items = ""
+    section: type[BaseModel] | None = root
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        else:
-            path += f".{part}" if path else part
-            field = section.model_fields.get(part) if section else None
-            section = section_of(field.annotation) if field else None
-    return path
+            general += "[]"
+            items = ""
+            continue
+        path += f".{part}" if path else part
+        if items == ".*":
+            general += items
+            items = ""
+            continue
+        general += f".{part}" if general else part
+        field = section.model_fields.get(part) if section else None
+        section = section_of(field.annotation) if field else None
+        items = _items(field.annotation) if field else ""
+    return path, general
 
 
-def _nearest(path: str) -> str:
+def _nearest(path: str, general: str, root: type[BaseModel]) -> str:
     """`; did you mean …?` for an unknown key, looking beside it first and then in the whole tree; may be empty."""
     parent, _, name = path.rpartition(".")
-    general = re.sub(r"\[\d+\]", "[]", parent)
-    known = list(_all_paths())
-    beside = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == general}
+    known = list(_all_paths(root))
+    beside = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == general.rpartition(".")[0]}
     near = difflib.get_close_matches(name, beside, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {parent + '.' if parent else ''}{near[0]}?"
@@ -800,20 +813,23 @@ def _nearest(path: str) -> str:
     return f"; known here: {', '.join(beside)}" if beside else ""
 
 
-def explain(error: ValidationError) -> list[str]:
-    """One line for each thing wrong, with its full path and never with the value, which may be a secret."""
-    problems: list[str] = []
-    for detail in error.errors(include_url=False, include_input=False):
-        problems.extend(_explain_one(detail))
-    return problems
+def explain(error: ValidationError, root: type[BaseModel] | None = None) -> list[str]:
+    """One line for each thing wrong, with its full path and never with the value, which may be a secret. `root` is the
+    model that was read, the whole configuration when left out."""
+    return explain_details(error.errors(include_url=False, include_input=False), root or Settings)
 
 
-def _explain_one(detail: ErrorDetails) -> list[str]:
+def explain_details(details: Iterable[ErrorDetails], root: type[BaseModel]) -> list[str]:
+    """The same for errors that somebody else has caught."""
+    return [problem for detail in details for problem in _explain_one(detail, root)]
+
+
+def _explain_one(detail: ErrorDetails, root: type[BaseModel]) -> list[str]:
     if detail["type"] == "forebay_problems":
         return list(detail["ctx"]["problems"])
-    path = _dotted(detail["loc"])
+    path, general = _dotted(detail["loc"], root)
     if detail["type"] == "extra_forbidden":
-        return [f"{path}: unknown key{_nearest(path)}"]
+        return [f"{path}: unknown key{_nearest(path, general, root)}"]
     if detail["type"] == "missing":
         return [f"{path}: is missing"]
     if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated
@@ -73,6 +73,18 @@ def parse_duration(value: object) -> float:
     if not 0 <= seconds <= _MOST_SECONDS:  # also false for a NaN
         raise ValueError("should be a duration such as 500ms, 15s, 2m or 1h, or a number of seconds; not negative")
     return float(seconds)
+
+
+def parse_moment(text: str, now: datetime) -> datetime:
+    """A time in UTC from `2030-01-31`, `2030-01-31T12:00+02:00`, or from a duration after `now` such as `30d`."""
+    try:
+        return now + timedelta(seconds=parse_duration(text))
+    except ValueError:
+        pass
+    try:
+        return _utc(datetime.fromisoformat(text))
+    except (ValueError, OverflowError):
+        raise ValueError("should be a time such as 2030-01-31 or 2030-01-31T12:00, or a duration such as 30d") from None
 
 
 def parse_size(value: object) -> int:

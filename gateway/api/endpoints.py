@@ -55,10 +55,11 @@ def _edge(request: Request) -> Edge:
 
 
 def require_admin(request: Request) -> None:
-    """Refuse who has no admin key."""
+    """Refuse who has no admin key; who has one is ``request.state.admin`` from here on."""
     who = _edge(request).authenticator.identify_admin(dict(request.headers.raw))
     if isinstance(who, Refusal):
         raise Refused(who)
+    request.state.admin = who
 
 
 ADMIN = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(require_admin)])

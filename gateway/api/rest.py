@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,18 +12,21 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from adapters.catalogue import Model
 from gateway.api.auth import may_use
 from gateway.api.edge import Edge
 from gateway.api.endpoints import ADMIN, Refused
+from gateway.api.manage import MANAGE, Managed
 from gateway.api.routes import RELAYED
 from gateway.api.usage import USAGE
 from gateway.errors import Kind, Refusal, openai_body
 from gateway.serving.bookkeeper import Bookkeeper
 from gateway.serving.minded import Minders
 from gateway.serving.pool import Endpoint
+from gateway.settings import explain_details, section_of
 from gateway.state.keys import KeyRecord
 
 TITLE = "Forebay"
@@ -110,15 +114,18 @@ def public_app(edge: Edge, version: str) -> FastAPI:
     return app
 
 
-def admin_app(edge: Edge, minders: Minders, books: Bookkeeper | None, public: FastAPI, version: str) -> FastAPI:
+def admin_app(
+    edge: Edge, minders: Minders, managed: Managed, books: Bookkeeper | None, public: FastAPI, version: str
+) -> FastAPI:
     """Return what only operators reach: metrics, health, the documentation, and with an admin key the rest.
 
     ``books`` None: no ledger is kept.
     """
-    routes = [*_HEALTH.routes, *_METRICS.routes, *ADMIN.routes, *USAGE.routes]
+    routes = [*_HEALTH.routes, *_METRICS.routes, *ADMIN.routes, *MANAGE.routes, *USAGE.routes]
     app = FastAPI(title=f"{TITLE} (operators)", version=version, redoc_url=None, routes=routes)
     app.state.edge = edge
     app.state.minders = minders
+    app.state.managed = managed
     app.state.books = books
     _handle_errors(app, edge)
     app.openapi = cache(lambda: schema(public, app))  # type: ignore[method-assign]
@@ -162,6 +169,24 @@ def _identify(request: Request, edge: Edge) -> KeyRecord:
     return who
 
 
+def _problems(request: Request, error: RequestValidationError) -> Iterator[str]:
+    """What is wrong with a request, in the words the configuration's mistakes are told in, and as briefly."""
+    dependant = request.scope["route"].dependant
+    read = {"body": dependant.body_params, "query": dependant.query_params}
+    details: Sequence[ErrorDetails] = error.errors()
+    for detail in details:
+        where, *location = detail["loc"]
+        models = [section_of(parameter.field_info.annotation) for parameter in read.get(str(where), ())]
+        root = next((model for model in models if model is not None), None)
+        if root is None:
+            yield f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
+        elif not location:
+            yield "The body is missing." if detail["type"] == "missing" else "The body should be a JSON object."
+        else:
+            inside: ErrorDetails = {**detail, "loc": tuple(location)}
+            yield from explain_details([inside], root)
+
+
 def _describe_endpoint(endpoint: Endpoint) -> dict[str, Any]:
     return {"name": endpoint.name, "healthy": endpoint.healthy, "models": sorted(endpoint.models)}
 
@@ -188,8 +213,7 @@ def _handle_errors(app: FastAPI, edge: Edge) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        return answer(Refusal(Kind.INVALID, problems))
+        return answer(Refusal(Kind.INVALID, "; ".join(_problems(request, error))))
 
     @app.exception_handler(Exception)
     async def internal(request: Request, error: Exception) -> Response:
@@ -209,7 +233,10 @@ class WithRequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = self._edge.new_id().encode("ascii")
+        told = self._edge.new_id()
+        request_id = told.encode("ascii")
+        # What a route knows as ``request.state.request_id``; the server's own state is shared by all requests.
+        scope["state"] = {**scope.get("state", {}), "request_id": told}
 
         async def send_with_id(message: Any) -> None:
             if message["type"] == "http.response.start":

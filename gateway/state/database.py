@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -30,7 +31,11 @@ _UPGRADE_LOCK = 0x464F5245
 """PostgreSQL advisory lock under which one replica migrates while the others wait."""
 
 metadata = sa.MetaData(
-    naming_convention={"pk": "pk_%(table_name)s", "uq": "uq_%(table_name)s_%(column_0_name)s"}  # names both know
+    naming_convention={  # names both databases know
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    }
 )
 
 keys_table = sa.Table(
@@ -48,6 +53,42 @@ keys_table = sa.Table(
     sa.Column("expires_at", sa.DateTime(timezone=True)),
     sa.Column("revoked_at", sa.DateTime(timezone=True)),
     sa.Column("admin", sa.Boolean(create_constraint=False), nullable=False, server_default=sa.false()),
+    sa.Column("limits", sa.JSON(none_as_null=True)),
+    sa.Column("replaces", sa.String(32)),
+)
+
+tenants_table = sa.Table(
+    "tenants",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(200), nullable=False, unique=True),
+    sa.Column("organisation", sa.String(200)),
+    sa.Column("limits", sa.JSON(none_as_null=True)),
+    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+)
+
+organisations_table = sa.Table(
+    "organisations",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(200), nullable=False, unique=True),
+    sa.Column("limits", sa.JSON(none_as_null=True)),
+    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+)
+
+audit_table = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", sa.DateTime(timezone=True), nullable=False, index=True),
+    sa.Column("actor", sa.String(500), nullable=False),
+    sa.Column("action", sa.String(32), nullable=False),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("before", sa.JSON(none_as_null=True)),
+    sa.Column("after", sa.JSON(none_as_null=True)),
+    sa.Column("request_id", sa.String(64)),
+    sa.Index(None, "kind", "name"),
 )
 
 usage_table = sa.Table(
@@ -94,6 +135,18 @@ class StateError(Exception):
     """The state database cannot be used, or refuses what was asked; the text says why and what to do."""
 
 
+class NotPossible(StateError):  # noqa: N818 - an answer to whoever asked, the database is well
+    """What was asked breaks a rule of keys and tenants."""
+
+
+class NoSuch(NotPossible):
+    """There is nothing of that name."""
+
+
+class Stale(NotPossible):
+    """It was changed since it was read."""
+
+
 def open_database(url: str) -> sa.Engine:
     """An engine for `url`, without connecting yet. StateError when the URL is wrong or its driver is not installed."""
     try:
@@ -135,9 +188,15 @@ def _begin_sqlite(connection: sa.Connection) -> None:
 
 @contextmanager
 def translated(engine: sa.Engine) -> Iterator[None]:
-    """Turn what SQLAlchemy, or sqlite3 beneath it, raises inside into a StateError."""
+    """Turn what SQLAlchemy, or sqlite3 beneath it, raises inside into a StateError; so too what is in it and
+    cannot be read."""
     try:
         yield
+    except ValidationError as error:
+        what = "; ".join(".".join(map(str, one["loc"])) for one in error.errors())
+        raise StateError(
+            f"the state database {describe(engine.url)} holds what cannot be read: {what}; another release wrote it"
+        ) from None
     except (SQLAlchemyError, sqlite3.Error) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
         lines = str(cause).strip().splitlines() if isinstance(error, DBAPIError | sqlite3.Error) else []

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import pwd
 import re
 import sqlite3
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gateway.limits import LimitSet, TenantLimits
 from gateway.settings import Caps, ConfigError, KeySettings
-from gateway.state.database import StateError, upgrade
+from gateway.state.database import NoSuch, NotPossible, Stale, StateError, upgrade
 from gateway.state.keys import KeyRecord, KeySnapshot, KeyStore, declared, merge, new_key
+from gateway.state.store import Actor
 
 WHEN = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -114,14 +121,17 @@ def test_a_refused_change_counts_nothing(store: KeyStore) -> None:
 
 def test_a_revoked_key_is_gone_but_listed_and_cannot_come_back(store: KeyStore) -> None:
     created = store.create("alice")
-    assert store.revoke(created.record.public_id) == created.record
+    assert store.revoke(created.record.public_id).record == created.record
     assert store.load_all().records == {}
     (listed,) = store.list()
     assert listed.record == created.record
     assert listed.revoked_at is not None
+    assert listed.created_at is not None
     assert listed.created_at <= listed.revoked_at
-    with pytest.raises(StateError, match=r"no key .* to revoke; `forebay keys list` shows them"):
+    with pytest.raises(StateError, match=r"key \w+ \(alice\) is revoked already"):
         store.revoke(created.record.public_id)
+    with pytest.raises(StateError, match="no key 'nobody' in the database; `forebay keys list` shows them"):
+        store.revoke("nobody")
     with pytest.raises(StateError, match=f"this key is revoked and cannot come back: {created.record.public_id}"):
         store.import_key("alice", key=created.key)
 
@@ -129,8 +139,11 @@ def test_a_revoked_key_is_gone_but_listed_and_cannot_come_back(store: KeyStore) 
 def test_an_imported_key_stays_valid_given_itself_or_as_its_hash(store: KeyStore) -> None:
     one = store.import_key("one", key="sk-from-elsewhere-1", tenant="t", models=["m"])
     two = store.import_key("two", sha256=sha256("sk-from-elsewhere-2").hex().upper(), expires=WHEN)
-    assert store.load_all().records == {sha256("sk-from-elsewhere-1"): one, sha256("sk-from-elsewhere-2"): two}
-    with pytest.raises(StateError, match=f"already here: {one.public_id}"):
+    assert store.load_all().records == {
+        sha256("sk-from-elsewhere-1"): one.record,
+        sha256("sk-from-elsewhere-2"): two.record,
+    }
+    with pytest.raises(StateError, match=f"already here: {one.record.public_id}"):
         store.import_key("again", sha256=sha256("sk-from-elsewhere-1").hex())
 
 
@@ -158,6 +171,227 @@ def test_replacing_leaves_one_key_of_the_name_and_others_alone(store: KeyStore) 
         latest = store.create("serve-8000", replace=True)
     assert store.load_all().records == {sha256(other.key): other.record, sha256(latest.key): latest.record}
     assert len(store.list()) == 2
+
+
+# --- changed, rotated, found -------------------------------------------------------------------------------------
+
+
+def actions(store: KeyStore) -> list[tuple[str, str]]:
+    """What the audit has, oldest first."""
+    return [(entry.action, entry.name) for entry in reversed(store.audit())]
+
+
+def test_a_rotated_key_has_an_heir_with_its_rights_and_works_for_the_overlap(store: KeyStore) -> None:
+    rights = {"models": ["m"], "caps": Caps(n=2), "trust_domain": "d", "limits": LimitSet(concurrent=3)}
+    old = store.create("alice", "team", **rights, admin=True)  # type: ignore[arg-type]
+    before = datetime.now(UTC)
+    new = store.rotate("alice", overlap=3600)
+    assert new.record == replace(old.record, public_id=new.record.public_id, replaces=old.record.public_id)
+    assert new.key.startswith(f"fb-{new.record.public_id}-")
+    assert new.replaced is not None
+    ends = new.replaced.record.expires_at
+    assert ends is not None
+    assert before + timedelta(hours=1) <= ends <= datetime.now(UTC) + timedelta(hours=1)
+    assert store.load_all().records == {
+        sha256(old.key): replace(old.record, expires_at=ends),
+        sha256(new.key): new.record,
+    }
+    with pytest.raises(NotPossible, match=f"is rotated already: {new.record.public_id} takes its place"):
+        store.rotate(old.record.public_id, overlap=1)
+
+
+def test_a_rotation_gives_the_old_key_no_more_time_than_it_had(store: KeyStore) -> None:
+    end = datetime.now(UTC) + timedelta(minutes=5)
+    store.create("alice", expires=end)
+    made = store.rotate("alice", overlap=3600)
+    assert made.replaced is not None
+    assert (made.replaced.record.expires_at, made.record.expires_at) == (end, end)
+    again = store.rotate(made.record.public_id, overlap=0, expires=WHEN)
+    assert again.replaced is not None
+    assert again.replaced.state(datetime.now(UTC)) == "expired"
+    assert again.record.expires_at == WHEN
+
+
+def test_what_no_longer_works_is_not_rotated(store: KeyStore) -> None:
+    store.create("old", expires=datetime(2020, 1, 1, tzinfo=UTC))
+    store.revoke(store.create("gone").record.public_id)
+    for name, state in (("old", "expired"), ("gone", "revoked")):
+        with pytest.raises(NotPossible, match=f"is {state}; make a new one"):
+            store.rotate(name, overlap=1)
+
+
+def test_an_update_changes_what_it_names_and_null_takes_back(store: KeyStore) -> None:
+    created = store.create("alice", "team", ["m"], Caps(n=2), WHEN, "d")
+    changed = store.update("alice", {"models": ["a", "b*"], "limits": {"requests": "60/m"}})
+    assert changed.record == replace(
+        created.record, models=("a", "b*"), limits=LimitSet.model_validate({"requests": "60/m"})
+    )
+    nothing = {"tenant": None, "models": None, "caps": None, "limits": None, "expires": None, "trust_domain": None}
+    assert store.update("alice", nothing).record == replace(
+        created.record, tenant="alice", models=None, caps=Caps(), limits=None, expires_at=None, trust_domain=None
+    )
+    assert store.load_all().records[sha256(created.key)] == store.find("alice").record
+
+
+def test_limits_come_back_as_they_were_written(store: KeyStore) -> None:
+    """`none` says that nothing is inherited, which is something else than saying nothing."""
+    limits = LimitSet.model_validate(
+        {"requests": "none", "tokens": ["150k/m", {"rate": "2M/day", "burst": 9}], "budgets": {"usd": "12.50"}}
+    )
+    created = store.create("alice", limits=limits)
+    found = store.load_all().records[sha256(created.key)].limits
+    assert found == limits
+    assert found is not None
+    assert found.model_fields_set == {"requests", "tokens", "budgets"}
+
+
+def test_an_update_that_breaks_a_rule_or_changes_nothing_leaves_no_trace(store: KeyStore) -> None:
+    created = store.create("alice", models=["m"])
+    for wrong, said in (
+        ({"models": ["*a"]}, r"models\[0\]: should be a model name"),
+        ({"limits": {"requests": "many"}}, r"limits.requests.*should be a rate"),
+        ({"limits": {"request": "1/s"}}, "limits.request: unknown key; did you mean limits.requests"),
+    ):
+        with pytest.raises(NotPossible, match=said):
+            store.update("alice", wrong)
+    assert store.update("alice", {"models": ["m"]}).record == created.record
+    assert (store.version(), actions(store)) == (2, [("create", "alice")])
+
+
+def test_a_stale_update_is_refused_and_says_who_was_faster(store: KeyStore) -> None:
+    read = store.create("alice").stored
+    fast = store.acting_as(Actor("key bob (0123456789ab)"))
+    newer = fast.update("alice", {"models": ["m"]})
+    store.create("alice", "another")  # of the same name: its changes are not this one's
+    said = r"key 'alice' was changed since you read it, by key bob \(0123456789ab\) at \d{4}-.*; read it again"
+    public_id = read.record.public_id
+    with pytest.raises(Stale, match=said):
+        store.update(public_id, {"models": ["n"]}, if_match=read.etag)
+    with pytest.raises(Stale, match=said):
+        store.revoke(public_id, if_match=read.etag)
+    with pytest.raises(Stale, match=said):
+        store.rotate(public_id, 1, if_match=read.etag)
+    assert store.revoke(read.record.public_id, if_match=newer.etag).revoked_at is not None
+
+
+def test_a_key_is_found_by_its_id_or_by_a_name_that_is_one_s_own(store: KeyStore) -> None:
+    first = store.create("alice")
+    assert store.find("alice") == store.find(first.record.public_id)
+    second = store.create("alice")
+    with pytest.raises(NotPossible, match=f"several keys are named 'alice': {first.record.public_id}, "):
+        store.find("alice")
+    store.revoke(first.record.public_id)
+    assert store.find("alice").record == second.record
+    store.revoke("alice")
+    with pytest.raises(NotPossible, match="several keys"):
+        store.find("alice")
+    with pytest.raises(NoSuch, match="no key 'bob' in the database"):
+        store.find("bob")
+
+
+def test_keys_are_listed_by_tenant_and_by_state(store: KeyStore) -> None:
+    store.create("a", "t")
+    store.create("b", "t", expires=datetime(2020, 1, 1, tzinfo=UTC))
+    store.revoke(store.create("c", "other").record.public_id)
+
+    def named(*args: Any) -> list[str]:
+        return [key.record.name for key in store.list(*args)]
+
+    assert named() == ["a", "b", "c"]
+    assert named("t") == ["a", "b"]
+    assert [named(None, state) for state in ("live", "expired", "revoked")] == [["a"], ["b"], ["c"]]
+    assert named("t", "revoked") == []
+
+
+def test_the_last_admin_key_goes_only_by_force(store: KeyStore) -> None:
+    """The passes of `forebay serve` are nobody's, and an expired admin is none."""
+    last = store.create("root", admin=True).record.public_id
+    store.create("admin-of-serve-8000", admin=True)
+    store.create("gone", admin=True, expires=datetime(2020, 1, 1, tzinfo=UTC))
+    said = r"\(root\) is the last admin key.*or say force=true"
+    with pytest.raises(NotPossible, match=said):
+        store.revoke(last, keep_admin=True)
+    with pytest.raises(NotPossible, match=said):
+        store.update(last, {"expires": datetime.now(UTC)}, keep_admin=True)
+    store.update(last, {"expires": WHEN}, keep_admin=True)
+    other = store.create("other", admin=True).record.public_id
+    store.revoke(last, keep_admin=True)
+    store.revoke("admin-of-serve-8000", keep_admin=True)
+    store.revoke(other)
+
+
+# --- audit -------------------------------------------------------------------------------------------------------
+
+
+def test_the_audit_says_who_did_what_and_holds_no_secret(store: KeyStore, database: Path) -> None:
+    by_api = store.acting_as(Actor("key root (0123456789ab)", "req_1"))
+    key = by_api.create("alice", "t")
+    imported = store.import_key("bob", key="sk-elsewhere")
+    rotated = store.rotate("alice", 60)
+    store.update("bob", {"models": []})
+    store.revoke("bob")
+    store.create("serve-1")
+    store.create("serve-1", replace=True)
+    entries = store.audit()
+    assert actions(store) == [
+        ("create", "alice"), ("create", "bob"), ("rotate", "alice"), ("rotate", "alice"), ("update", "bob"),
+        ("revoke", "bob"), ("create", "serve-1"), ("delete", "serve-1"), ("create", "serve-1"),
+    ]  # fmt: skip
+    first, *others = reversed(entries)
+    assert (first.actor, first.request_id, first.kind, first.before) == (
+        "key root (0123456789ab)", "req_1", "key", None,
+    )  # fmt: skip
+    assert first.after == key.stored.fields
+    assert {entry.actor for entry in others} == {f"local command ({pwd.getpwuid(os.getuid()).pw_name})"}
+    heir, old = others[1], others[2]
+    assert heir.after is not None
+    assert heir.after["replaces"] == key.record.public_id
+    assert (old.before, old.after) == (key.stored.fields, rotated.replaced and rotated.replaced.fields)
+    update = others[3]
+    assert (update.before, update.after) == (imported.fields, {**imported.fields, "models": []})
+    written = json.dumps([entry.as_json() for entry in entries])
+    for secret in (key.key, rotated.key, "sk-elsewhere"):
+        assert secret not in written
+        assert secret.rpartition("-")[2] not in written
+        assert sha256(secret).hex() not in written
+
+
+def test_the_audit_is_read_by_time_kind_name_and_page(store: KeyStore) -> None:
+    for name in ("a", "b", "a"):
+        store.create(name)
+    store.put_group("tenant", "a", TenantLimits())
+    last, third, second, first = store.audit()
+    assert [entry.kind for entry in (last, third)] == ["tenant", "key"]
+    assert store.audit(name="a", kind="key") == (third, first)
+    assert store.audit(since=second.at) == (last, third, second)
+    assert store.audit(limit=2) == (last, third)
+    assert store.audit(limit=2, before=third.id) == (second, first)
+
+
+def test_an_audit_that_cannot_be_written_undoes_the_change(store: KeyStore, database: Path) -> None:
+    with sqlite3.connect(database) as connection:
+        connection.execute("DROP TABLE audit")
+    connection.close()
+    with pytest.raises(StateError, match="no such table: audit"):
+        store.create("alice")
+    assert (store.list(), store.version()) == ((), 1)
+
+
+def test_limits_a_newer_release_knows_more_of_are_read_and_broken_ones_told(store: KeyStore, database: Path) -> None:
+    """During a rolling update its replicas write what this one's do not know; revocations still have to arrive."""
+    created = store.create("alice")
+    for stored, found in (({"concurrent": 2, "wishes": {"a": 3}}, LimitSet(concurrent=2)), ({"concurrent": "x"}, None)):
+        with sqlite3.connect(database) as connection:
+            connection.execute("UPDATE keys SET limits = ?", (json.dumps(stored),))
+        connection.close()
+        if found is not None:
+            assert store.load_all().records[sha256(created.key)].limits == found
+            continue
+        with pytest.raises(StateError, match="holds what cannot be read: concurrent; another release wrote it"):
+            store.load_all()
+
+
+# --- several at once ---------------------------------------------------------------------------------------------
 
 
 def test_writers_wait_for_each_other(database: Path) -> None:

@@ -81,6 +81,14 @@ class Gateway:
             client.post(path, body, headers)
             return await client.response()
 
+    async def admin(self, method: str, path: str, body: Any = None, *, key: str, headers: Headers = ()) -> Response:
+        """Ask the admin API something with a key, on a connection of its own; ``body`` is JSON-encoded."""
+        async with await RawClient.connect(self.admin_url) as client:
+            data = b"" if body is None else json.dumps(body).encode()
+            all_headers = [("authorization", f"Bearer {key}"), *headers, *(JSON if data else ())]
+            client.request(method, path, all_headers, data)
+            return await client.response()
+
     async def get(self, path: str, headers: Headers = (), *, method: str = "GET", admin: bool = False) -> Response:
         """Send a request without a body on a connection of its own and return the whole answer."""
         async with await RawClient.connect(self.admin_url if admin else self.url) as client:
