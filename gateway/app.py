@@ -50,7 +50,6 @@ from gateway.settings import ConfigError, Settings, Upstream, diff, fingerprint,
 from gateway.state.database import StateError
 from gateway.state.ledger import Ledger
 from gateway.store.memory import MemoryStore
-from gateway.store.protocol import Store
 
 HOUSEKEEPING = 0.1
 """Seconds between two flushes of the log."""
@@ -93,7 +92,7 @@ class Replica:
         self.pool = Pool(Catalogue(), health_rules(settings))
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="forebay")
         self.authenticator = Authenticator({})
-        self.limiter = Limiter(open_store(settings, wall), declared(settings.limits), self.metrics, wall)
+        self.limiter = Limiter(MemoryStore(wall), declared(settings.limits), self.metrics, wall)
         self.keyring = Keyring(settings, self.authenticator, self.log, clock, self.limiter.configure)
         self.edge = Edge(
             self.authenticator,
@@ -340,6 +339,9 @@ class Replica:
         for listener in self.listeners:
             listener.close()
             await listener.abandon()
+        for request in list(self.edge.active):
+            # A client that takes nothing is told last, after the ledger has closed: its request ends here.
+            self.edge.client_gone(request)
         self.pool.close()
         await self.edge.limiter.store.stop()
         await self.keyring.stop()
@@ -358,11 +360,6 @@ def _load_and_mark(path: Path) -> tuple[Settings, str]:
 def _mark(settings: Settings) -> str:
     """What the log calls a configuration."""
     return fingerprint(settings)[:12]
-
-
-def open_store(settings: Settings, wall: Callable[[], int]) -> Store:
-    """Return the store of buckets that is configured, not yet started."""
-    return MemoryStore(wall)
 
 
 def _open_log(settings: Settings) -> Log:

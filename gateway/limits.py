@@ -8,7 +8,7 @@ own keeps the requests it inherits. `none` says that nothing is inherited.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -214,31 +214,9 @@ class Defaults(Section):
     """Each client address, of requests without a key (`auth: none`)."""
 
 
-class LimitStore(Section):
-    """Where buckets are kept."""
-
-    url: Annotated[str, Field(repr=False)] = "memory"
-    """`memory` for one replica; redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// for several."""
-    mode: Literal["leased", "exact"] = "leased"
-    """`leased`: a replica takes a share before it spends it. `exact`: it asks for each request."""
-    when_lost: Annotated[
-        Literal["degraded", "open", "closed"], BeforeValidator(lambda value: "open" if value is True else value)
-    ] = "degraded"
-    """While the store cannot be reached: `degraded`, each replica gives out its share of every limit; `open`, everybody
-    is let in; `closed`, nobody is."""
-    timeout: PositiveDuration = 0.05
-    """How long a request waits for the store."""
-    namespace: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = "forebay"
-    """Begin of every name in the store; gateways that share limits share it."""
-    ca_file: str | None = None
-    """Certificates to trust for rediss:// instead of the system's."""
-
-
 class Limits(Section):
     """What whom may use how much of."""
 
-    store: LimitStore = LimitStore()
-    """Where buckets are kept."""
     defaults: Defaults = Defaults()
     """What applies where nothing nearer says otherwise."""
     organisations: dict[Name, OrganisationLimits] = {}
@@ -436,7 +414,3 @@ def _rates(kinds: Prices | Weights, scale: int) -> Rates:
     cached = kinds.input if kinds.cached is None else kinds.cached
     reasoning = kinds.output if kinds.reasoning is None else kinds.reasoning
     return Rates(units(kinds.input), units(cached), units(kinds.output), units(reasoning))
-
-
-Clock = Callable[[], int]
-"""Microseconds since 1970."""

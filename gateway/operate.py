@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -99,6 +99,11 @@ class Operator:
     def act(self, name: str, action: str, **fields: float) -> dict[str, Any]:
         """Begin something with an endpoint."""
         return self._ask("POST", f"/admin/endpoints/{quote(name, safe='')}/{action}", fields or None)
+
+    def limits(self, key: str | None, model: str) -> dict[str, Any]:
+        """Which limits apply, as `GET /admin/limits` tells them. OperateError where there is no such key or model."""
+        asked = {"model": model} | ({"key": key} if key is not None else {})
+        return self._ask("GET", f"/admin/limits?{urlencode(asked)}")
 
     def explain(self, request_id: str) -> dict[str, Any]:
         """One request, as `GET /admin/requests/ID` tells it. OperateError when it is not known."""

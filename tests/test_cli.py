@@ -38,7 +38,8 @@ PATIENCE = 60.0
 
 @pytest.mark.parametrize(
     "command", ["serve", "doctor", "config check", "config schema", "keys create", "keys import", "keys revoke",
-                "keys rotate", "keys show", "keys update", "keys expire", "keys list", "tenants list", "tenants set",
+                "limits explain", "keys rotate", "keys show", "keys update", "keys expire", "keys list", "tenants list",
+                "tenants set",
                 "tenants delete", "organisations list", "organisations set", "organisations delete", "audit", "diff",
                 "apply", "engines install", "engines run", "engines list", "engines logs", "engines drain",
                 "engines restart",

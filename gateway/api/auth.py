@@ -72,6 +72,11 @@ class Authenticator:
         keys = (table or {}) if known is None else known
         self._admins = {d[:_FOUND_BY]: (d, record) for d, record in keys.items() if record.admin}
 
+    def named(self, name: str) -> list[KeyRecord]:
+        """Return the key of this public id, or those of this name."""
+        records = [record for _, record in (self._table or {}).values()]
+        return [one for one in records if one.public_id == name] or [one for one in records if one.name == name]
+
     def identify(self, headers: Mapping[bytes, bytes], now: datetime | None = None) -> KeyRecord | Refusal:
         """Return whose key the headers carry (names in lower case)."""
         if self._table is None:

@@ -19,6 +19,7 @@ from adapters.catalogue import Model
 from gateway.api.auth import may_use
 from gateway.api.edge import Edge
 from gateway.api.endpoints import ADMIN, Refused
+from gateway.api.limits import LIMITS
 from gateway.api.manage import MANAGE, Managed
 from gateway.api.routes import RELAYED
 from gateway.api.usage import USAGE
@@ -121,7 +122,7 @@ def admin_app(
 
     ``books`` None: no ledger is kept.
     """
-    routes = [*_HEALTH.routes, *_METRICS.routes, *ADMIN.routes, *MANAGE.routes, *USAGE.routes]
+    routes = [*_HEALTH.routes, *_METRICS.routes, *ADMIN.routes, *MANAGE.routes, *LIMITS.routes, *USAGE.routes]
     app = FastAPI(title=f"{TITLE} (operators)", version=version, redoc_url=None, routes=routes)
     app.state.edge = edge
     app.state.minders = minders

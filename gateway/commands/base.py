@@ -62,8 +62,16 @@ def _expected(error: Exception) -> list[str] | None:
 
     if isinstance(error, ConfigError):
         return error.problems
-    rooms = StartError | StateError | TrialError | EngineSetupError | MinderError | OperateError | ReportError
-    told = CommandError | rooms
+    told = (
+        CommandError
+        | ReportError
+        | StartError
+        | StateError
+        | TrialError
+        | EngineSetupError
+        | MinderError
+        | OperateError
+    )
     if isinstance(error, told):
         return [str(error)]
     return None

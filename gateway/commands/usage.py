@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gateway.commands.base import CommandError, ConfigOption, configuration_file
+from gateway.commands.base import CommandError, ConfigOption, configuration_file, print_json
 from gateway.settings import load
 
 
@@ -77,4 +76,7 @@ def explain(
     from gateway.report import explain_in_text, find_request
 
     told = find_request(load(configuration_file(config)), request_id)
-    typer.echo(json.dumps(told, indent=2) if as_json else explain_in_text(told))
+    if as_json:
+        print_json(told)
+    else:
+        typer.echo(explain_in_text(told))

@@ -289,7 +289,7 @@ async def test_other_limits_after_a_reload_find_the_buckets_as_they_were(
     upstream.always(answer(), path=CHAT)
     assert (await gateway.ask(chat())).status == 200
     replica = gateway.replica
-    replica._apply(replica.settings.model_copy(update={"limits": limited(requests="2/m")}))
+    await replica.keyring.reconfigure(replica.settings.model_copy(update={"limits": limited(requests="2/m")}))
     assert told(await gateway.ask(chat()), "x-ratelimit-remaining-requests") == "1"
 
 
@@ -302,3 +302,32 @@ async def test_counting_tokens_costs_a_request_and_no_tokens(
     assert (found.status, told(found, "x-ratelimit-remaining-tokens")) == (200, "100")
     await gateway.idle()
     assert level(gateway, "key:alice:requests/60") == 2000
+
+
+async def test_limits_are_explained_to_operators(start_gateway: StartGateway, upstream: ScriptedUpstream) -> None:
+    keys = (
+        KeySettings(name="alice", key=SecretStr(KEY), tenant="search"),
+        KeySettings(name="root", key=SecretStr("fb-root-secret"), admin=True),
+    )
+    limits = Limits.model_validate(
+        {
+            "defaults": {"key": {"requests": "60/m", "concurrent": 2}},
+            "tenants": {"search": {"organisation": "acme", "limits": {"budgets": {"usd": 5, "per": "day"}}}},
+            "models": {"public/*": {"price": {"output": 2}}},
+        }
+    )
+    gateway = await start_gateway(upstream, limits=limits, keys=keys)
+    upstream.always(answer(), path=CHAT)
+    assert (await gateway.ask(chat())).status == 200
+    admin = (("authorization", "Bearer fb-root-secret"),)
+    asked = f"/admin/limits?key=alice&model={MODEL}"
+    told_ = (await gateway.get(asked, admin, admin=True)).json()
+    assert (told_["organisation"], told_["tenant"], told_["standing"]) == ("acme", "search", "store")
+    rows = {row["bucket"]: row for row in told_["data"]}
+    assert list(rows) == ["key:alice:requests/60", "key:alice:concurrent", "tenant:search:dollars-budget/day"]
+    assert [row["left"] for row in rows.values()] == [59.0, 2.0, 4.9999]
+    assert rows["key:alice:requests/60"]["declared_in"] == "limits.defaults.key.requests"
+    assert rows["tenant:search:dollars-budget/day"]["declared_in"] == "limits.tenants.search.limits.budgets"
+    assert rows["key:alice:requests/60"]["full_again_in"] == 1.000001
+    assert (await gateway.get(asked, admin=True)).status == 401
+    assert (await gateway.get(asked.replace("alice", "eve"), admin, admin=True)).status == 404

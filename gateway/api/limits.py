@@ -1,0 +1,73 @@
+"""The admin API over limits: which apply to a key on a model, where each comes from, what is left. Admin keys only."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+
+from gateway.api.auth import ANONYMOUS, network_of
+from gateway.api.edge import Edge
+from gateway.api.endpoints import Refused, require_admin
+from gateway.errors import Kind, Refusal
+from gateway.policy.limits import UNIT, Counts, Limit
+from gateway.policy.token_bucket import NEVER, SECOND, Bucket, spare, wait
+
+LIMITS = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(require_admin)])
+
+
+@LIMITS.get("/limits", summary="Explain which limits apply to a key on a model")
+async def explain_limits(
+    request: Request,
+    model: Annotated[str, Query(description="A model's public name")],
+    key: Annotated[str | None, Query(description="A key's id or name; none: a client without a key")] = None,
+    client: Annotated[str, Query(description="The address of a client without a key")] = "127.0.0.1",
+) -> dict[str, Any]:
+    """Tell every limit a request would fall under, nearest subject first, and what this replica knows is left of it."""
+    edge: Edge = request.app.state.edge
+    if edge.pool.catalogue.resolve(model) is None:
+        told = f"The model {model!r} does not exist. GET /v1/models lists what there is."
+        raise Refused(Refusal(Kind.NO_MODEL, told, "model"))
+    who = ANONYMOUS
+    if key is not None:
+        found = edge.authenticator.named(key)
+        if len(found) != 1:
+            told = (
+                f"{len(found)} keys are called {key!r}; name one by its id." if found else f"There is no key {key!r}."
+            )
+            raise Refused(Refusal(Kind.NOT_FOUND, f"{told} `forebay keys list` shows them.", "key"))
+        (who,) = found
+    address = "" if who.public_id else network_of(client)
+    plan = edge.limiter.plan(who, model, edge.pool.pool_of(model), address)
+    limits = [_describe(limit, bucket) for limit, bucket in await edge.limiter.explain(plan)]
+    return {
+        "object": "list",
+        "key": who.public_id or None,
+        "tenant": who.tenant,
+        "organisation": plan.organisation or None,
+        "model": model,
+        "standing": edge.limiter.standing.value,
+        "data": limits,
+    }
+
+
+def _describe(limit: Limit, bucket: Bucket) -> dict[str, Any]:
+    shape = limit.shape
+    full = wait(shape, bucket, shape.capacity, bucket.at)
+    return {
+        "bucket": limit.bucket,
+        "scope": limit.scope,
+        "subject": limit.subject,
+        "counts": limit.said,
+        "declared_in": limit.source,
+        "holds": _amount(limit, shape.capacity),
+        "left": _amount(limit, spare(shape, bucket)),
+        "full_again_in": None if full >= NEVER else full / SECOND,
+        "promised": len(bucket.promises),
+        "budget": limit.budget,
+    }
+
+
+def _amount(limit: Limit, amount: int) -> float:
+    """Return whole requests, tokens or slots; dollars of money."""
+    return amount / UNIT / 1_000_000 if limit.counts is Counts.MONEY else amount / UNIT
