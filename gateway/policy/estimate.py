@@ -36,6 +36,10 @@ class Sketch(msgspec.Struct):
     counts: list[float]
     largest: list[float]
     total: float = 0.0
+    known: float = -1.0
+    """The estimate as it was last worked out, below 0 where too little was seen."""
+    stale_in: int = 0
+    """Values after which it is worked out anew: the more were seen, the less another one changes it."""
 
     def add(self, value: float) -> None:
         """Count a value of at least 0."""
@@ -45,6 +49,10 @@ class Sketch(msgspec.Struct):
         self.total += 1
         if self.total >= HALVED_AT:
             self._halve()
+        self.stale_in -= 1
+        if self.stale_in <= 0 and self.total >= ENOUGH:
+            self.known = self.quantile(QUANTILE)
+            self.stale_in = int(self.total) // 16
 
     def _halve(self) -> None:
         self.total = 0.0
@@ -127,7 +135,7 @@ class Estimator:
 
     def _learned(self, subject: tuple[str, str], otherwise: float) -> float:
         sketch = self._sketches.get(subject)
-        return otherwise if sketch is None or sketch.total < ENOUGH else sketch.quantile(QUANTILE)
+        return otherwise if sketch is None or sketch.known < 0 else sketch.known
 
     def _sketch(self, subject: tuple[str, str]) -> Sketch:
         sketch = self._sketches.get(subject)

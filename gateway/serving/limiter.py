@@ -38,6 +38,8 @@ FEWEST_BYTES = 32
 """Bytes of a prompt that no token is longer than, on the average: the bound on what can never fit."""
 _DATA_URL = re.compile(rb'data:[^"]*')
 _PARTS = (b'"image_url"', b'"input_image"', b'"input_audio"', b'"video_url"', b'"audio_url"', b'"source"')
+_HINTS = (b"_url", b"input_", b"source")
+"""Without one of these no part is there; looking for them all takes longer than everything else here."""
 _AGAIN = 1 << 32
 
 
@@ -365,7 +367,7 @@ def read_facts(
 ) -> Facts:
     """Read off a body what its size can be estimated by."""
     parts, size = 0, len(body)
-    if route.media_fields:
+    if route.media_fields and any(hint in body for hint in _HINTS):
         parts = sum(body.count(needle) for needle in _PARTS)
         if parts and b"data:" in body:
             size -= sum(match.end() - match.start() for match in _DATA_URL.finditer(body))
