@@ -58,6 +58,10 @@ test-engines: $(STAMP) ## The conformance suite, and all else about engines, on 
 bench: $(STAMP) ## Compare with nginx and a naive gateway; PEERS="sglang-router smg" installs and adds those
 	@$(BIN)/python -m loadtests.bench.run $(if $(PEERS),--peers $(shell echo $(PEERS) | tr ' ' ',')) $(ARGS)
 
+.PHONY: load
+load: $(STAMP) ## Ten thousand clients that leave at every stage: nothing stays held, the ledger is the engine's count
+	@CLIENTS=10000 $(BIN)/python -m pytest -s tests/engines/simulated/test_accounts.py
+
 .PHONY: docs
 docs: $(STAMP) ## Write the tables of docs/engines.md anew from what the engines declare
 	@$(BIN)/forebay engines table --write docs/engines.md

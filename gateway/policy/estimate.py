@@ -14,6 +14,8 @@ import msgspec
 QUANTILE = 0.9
 ENOUGH = 8
 """Observations before what was learned counts."""
+WELL_KNOWN = 64
+"""Observations after which not every further one is taken."""
 HALVED_AT = 256
 """Observations after which what is old counts half."""
 MOST_SUBJECTS = 20_000
@@ -23,7 +25,7 @@ TOKENS_PER_BYTE = 0.35
 TOKENS_PER_PART = 1500
 """Of an image or the like in a model nobody has shown one."""
 TEMPLATE = 64
-"""Tokens a chat template adds to a prompt that is next to nothing."""
+"""Tokens a chat template is taken to add, as long as nothing is known."""
 _BINS = 56
 
 
@@ -92,16 +94,22 @@ class Estimator:
     def __init__(self, most: int = MOST_SUBJECTS) -> None:
         self._most = most
         self._sketches: OrderedDict[tuple[str, str], Sketch] = OrderedDict()
+        self._draw = 1
 
     def __len__(self) -> int:
         return len(self._sketches)
 
     def prompt(self, model: str, size: int, parts: int = 0) -> int:
         """Return the tokens a prompt of ``size`` bytes and ``parts`` images or the like probably has at most."""
-        tokens = TEMPLATE + size * self._learned(("bytes", model), TOKENS_PER_BYTE)
+        tokens = self._text(model, size)
         if parts:
             tokens += parts * self._learned(("parts", model), TOKENS_PER_PART)
-        return int(tokens)
+        return round(tokens)
+
+    def _text(self, model: str, size: int) -> float:
+        """Bodies of about one size are alike: what is not text in them, and what a template adds, weighs the same."""
+        learned = self._learned((f"bytes {size.bit_length()}", model), -1.0)
+        return TEMPLATE + size * TOKENS_PER_BYTE if learned < 0 else size * learned
 
     def output(self, key: str, model: str, stated: int | None, assumed: int) -> int:
         """Return the tokens one answer probably has at most; ``assumed`` where nothing is stated or learned."""
@@ -121,13 +129,21 @@ class Estimator:
         """Take what an event of a whole stream stood for."""
         self._sketch(("events", stream)).add(tokens)
 
+    def passes(self, key: str, model: str) -> bool:
+        """Tell whether a request need not be learned from: of a key on a model that is well known, one in four is
+        enough. Which one is drawn, so that no pattern of requests hides another."""
+        known = self._sketches.get((key, model))
+        if known is None or known.total < WELL_KNOWN:
+            return False
+        self._draw = (self._draw * 1_103_515_245 + 12_345) & 0x7FFFFFFF
+        return bool(self._draw & 0x600000)
+
     def learn(self, key: str, model: str, size: int, parts: int, prompt: int, output: int, answers: int) -> None:
         """Take what a request really used; ``size`` 0 where its prompt was given in tokens."""
         if size and not parts:
-            self._sketch(("bytes", model)).add(max(0, prompt - TEMPLATE) / size)
+            self._sketch((f"bytes {size.bit_length()}", model)).add(prompt / size)
         elif parts:
-            text = size * self._learned(("bytes", model), TOKENS_PER_BYTE)
-            self._sketch(("parts", model)).add(max(0.0, prompt - text) / parts)
+            self._sketch(("parts", model)).add(max(0.0, prompt - self._text(model, size)) / parts)
         if output:
             each = output / max(1, answers)
             self._sketch((key, model)).add(each)

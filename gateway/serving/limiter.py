@@ -38,8 +38,6 @@ FEWEST_BYTES = 32
 """Bytes of a prompt that no token is longer than, on the average: the bound on what can never fit."""
 _DATA_URL = re.compile(rb'data:[^"]*')
 _PARTS = (b'"image_url"', b'"input_image"', b'"input_audio"', b'"video_url"', b'"audio_url"', b'"source"')
-_HINTS = (b"_url", b"input_", b"source")
-"""Without one of these no part is there; looking for them all takes longer than everything else here."""
 _AGAIN = 1 << 32
 
 
@@ -89,7 +87,7 @@ class Facts(msgspec.Struct):
 class Hold:
     """What a request holds of its limits, from the reservation to the settlement."""
 
-    __slots__ = ("_draws", "_facts", "_granted", "_limiter", "_plan", "_size", "settled")
+    __slots__ = ("_draws", "_facts", "_granted", "_limiter", "_plan", "_size", "settled", "used")
 
     def __init__(
         self, limiter: Limiter, plan: Plan, facts: Facts, size: Size, draws: tuple[Draw, ...], granted: Granted | None
@@ -101,6 +99,8 @@ class Hold:
         self._draws = draws
         self._granted = granted
         self.settled: Settlement | None = None
+        self.used: Usage | None = None
+        """What was counted, where the engine did not say it."""
 
     @property
     def organisation(self) -> str:
@@ -127,6 +127,8 @@ class Hold:
             raise RuntimeError("a hold was settled twice")
         kind, used = self._used(usage, events, whole, accepted)
         self.settled = kind
+        if kind is Settlement.COUNTED:
+            self.used = Usage(used.prompt, used.output, used.cached)
         plan, draws = self._plan, self._draws
         charged = amounts(used, plan.weights, plan.prices)
         lines: tuple[tuple[str, str, int, int], ...] = ()
@@ -335,6 +337,8 @@ class Limiter:
 
     def learn(self, facts: Facts, plan: Plan, used: Size, events: int) -> None:
         """Take what a request really used."""
+        if self._estimator.passes(plan.who.public_id, facts.model):
+            return
         size = 0 if facts.counted is not None else facts.size
         self._estimator.learn(
             plan.who.public_id, facts.model, size, facts.parts, used.prompt, used.output, facts.answers
@@ -367,7 +371,7 @@ def read_facts(
 ) -> Facts:
     """Read off a body what its size can be estimated by."""
     parts, size = 0, len(body)
-    if route.media_fields and any(hint in body for hint in _HINTS):
+    if route.media_fields and (b"_url" in body or b"input_" in body or b"source" in body):
         parts = sum(body.count(needle) for needle in _PARTS)
         if parts and b"data:" in body:
             size -= sum(match.end() - match.start() for match in _DATA_URL.finditer(body))

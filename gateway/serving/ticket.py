@@ -225,6 +225,8 @@ class Ticket:
                 self.usage, self.events, whole=outcome is Outcome.OK, accepted=self.accepted
             )
             self.settlement = kind.value
+            if self.hold.used is not None:
+                self.usage = self.hold.used
         counted = self._metrics.tenant(self.model, self.tenant)
         outcomes = counted.outcomes
         outcomes[outcome] = outcomes.get(outcome, 0) + 1

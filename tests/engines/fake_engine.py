@@ -47,7 +47,8 @@ class TcpServer(socketserver.TCPServer):
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    # In one call: SIGTERM may come in the middle of another line, and a stream refuses to be written to from inside.
+    os.write(1, f"{text}\n".encode())
 
 
 def leave(*_: object) -> NoReturn:

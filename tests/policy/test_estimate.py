@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.policy.estimate import ENOUGH, HALVED_AT, QUANTILE, TEMPLATE, Estimator, empty
+from gateway.policy.estimate import ENOUGH, HALVED_AT, QUANTILE, TEMPLATE, WELL_KNOWN, Estimator, empty
 
 
 @given(st.lists(st.integers(1, 100_000), min_size=ENOUGH, max_size=HALVED_AT - 1))
@@ -58,7 +58,7 @@ def test_images_have_a_cost_of_their_own() -> None:
         learned.learn("k", "m", 1000, 0, TEMPLATE + 250, 1, 1)
     for _ in range(ENOUGH):
         learned.learn("k", "m", 1000, 2, 250 + 2 * 576 + TEMPLATE, 1, 1)
-    assert 250 + 2 * 576 <= learned.prompt("m", 1000, 2) <= 250 + 2 * 700 + TEMPLATE
+    assert learned.prompt("m", 1000, 2) == 250 + 2 * 576 + TEMPLATE
 
 
 def test_what_is_old_counts_for_less() -> None:
@@ -70,12 +70,31 @@ def test_what_is_old_counts_for_less() -> None:
     assert learned.output("k", "m", None, 1024) == 10
 
 
+def test_what_a_template_adds_is_learned_with_the_size_of_the_body() -> None:
+    learned = Estimator()
+    for size, tokens in ((100, 210), (8000, 2200)):
+        for _ in range(ENOUGH):
+            learned.learn("k", "m", size, 0, tokens, 1, 1)
+    assert [learned.prompt("m", size) for size in (100, 8000)] == [210, 2200]
+    assert learned.prompt("m", 1000) == TEMPLATE + 350
+
+
 def test_events_stand_for_what_they_stood_for() -> None:
     learned = Estimator()
     assert learned.per_event("m openai") == 1.0
     for _ in range(ENOUGH):
         learned.learn_events("m openai", 3.0)
     assert learned.per_event("m openai") == 3.0
+
+
+def test_of_what_is_well_known_one_in_four_is_enough() -> None:
+    learned = Estimator()
+    assert not any(learned.passes("k", "m") for _ in range(10))
+    for _ in range(WELL_KNOWN):
+        learned.learn("k", "m", 0, 0, 0, 10, 1)
+    passed = [learned.passes("k", "m") for _ in range(4000)]
+    assert 2800 < sum(passed) < 3200
+    assert not learned.passes("other", "m")
 
 
 def test_subjects_are_bounded_and_the_longest_unused_goes() -> None:
