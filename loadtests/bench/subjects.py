@@ -137,7 +137,19 @@ def _floor(place: Place) -> Launch:
     return Launch(port, [*command, "--engine-port", str(place.engine_port)])
 
 
-def forebay_config(place: Place, face: str, port: int, admin_port: int, extra_keys: int = 0) -> str:
+_PLENTY = {"rate": "1000M/s"}
+FIVE_LIMITS = {
+    "defaults": {
+        "key": {"requests": _PLENTY, "tokens": _PLENTY, "concurrent": 100_000},
+        "tenant": {"requests": _PLENTY, "tokens": _PLENTY},
+    }
+}
+"""Five buckets that a request draws on and none that refuses it: what limits cost, not what they keep out."""
+
+
+def forebay_config(
+    place: Place, face: str, port: int, admin_port: int, extra_keys: int = 0, limits: Mapping[str, object] | None = None
+) -> str:
     """The configuration under test: everything on. `extra_keys` makes a reload change something."""
     keys = [*place.keys, *(f"sk-bench-extra-{number}" for number in range(extra_keys))]
     return yaml.safe_dump(
@@ -161,19 +173,20 @@ def forebay_config(place: Place, face: str, port: int, admin_port: int, extra_ke
             "log": {"format": "json", "file": str(place.directory / "forebay.log")},
             "metrics": {"max_label_values": 1000},
             "data_dir": str(place.directory / "data"),
+            "limits": dict(limits or {}),
         },
         sort_keys=False,
     )
 
 
-def _forebay(face: str) -> Callable[[Place], Launch]:
+def _forebay(face: str, limits: Mapping[str, object] | None = None) -> Callable[[Place], Launch]:
     def prepare(place: Place) -> Launch:
         port = free_port()
         admin_port = free_port(port + 1)
         config = place.directory / "forebay.yaml"
-        config.write_text(forebay_config(place, face, port, admin_port), encoding="utf-8")
+        config.write_text(forebay_config(place, face, port, admin_port, limits=limits), encoding="utf-8")
         # Made beforehand: writing so much YAML in the middle of a run would hold up the generator, not the gateway.
-        changed = forebay_config(place, face, port, admin_port, extra_keys=1)
+        changed = forebay_config(place, face, port, admin_port, 1, limits)
 
         def reload(server: Server) -> None:
             config.write_text(changed, encoding="utf-8")
@@ -259,6 +272,7 @@ SUBJECTS: Mapping[str, Subject] = {
         Subject("floor", ENGINE_MODEL, lambda: f"uvloop {importlib.metadata.version('uvloop')}", _floor),
         Subject("forebay-protocol", PUBLIC_MODEL, _this_version, _forebay("protocol")),
         Subject("forebay-asgi", PUBLIC_MODEL, _this_version, _forebay("asgi")),
+        Subject("forebay-limits", PUBLIC_MODEL, _this_version, _forebay("protocol", FIVE_LIMITS)),
         *(_peer(name) for name in PEERS),
     )
 }
