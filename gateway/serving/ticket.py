@@ -220,13 +220,15 @@ class Ticket:
         if self.in_flight:
             self.series.in_flight -= 1
             self.series.duration.observe(now - self.started)
-        if self.hold is not None:
-            kind, self.cost, self.limits = self.hold.settle(
+        # Not kept any longer: it knows the request's body, and tickets stay a while to be explained.
+        hold, self.hold = self.hold, None
+        if hold is not None:
+            kind, self.cost, self.limits = hold.settle(
                 self.usage, self.events, whole=outcome is Outcome.OK, accepted=self.accepted
             )
             self.settlement = kind.value
-            if self.hold.used is not None:
-                self.usage = self.hold.used
+            if hold.used is not None:
+                self.usage = hold.used
         counted = self._metrics.tenant(self.model, self.tenant)
         outcomes = counted.outcomes
         outcomes[outcome] = outcomes.get(outcome, 0) + 1

@@ -215,6 +215,7 @@ async def running(settings: Settings, clock: ManualClock, path: Path | None = No
         await replica.close()
         replica.log.close()
     assert not replica.edge.active, "a request outlived the gateway"
+    assert all(ticket.hold is None for ticket in replica.edge.recent), "a request's body is kept to be explained"
     assert accounted(replica) >= settled(replica), "a request is in no ledger"
     assert not any(endpoint.in_flight for endpoint in replica.pool.endpoints), "a request gave its place never back"
     store = replica.edge.limiter.store
