@@ -33,6 +33,7 @@ class Bookkeeper:
         self._away = False
         self._losing = False
         self._closed = False
+        self._ending = asyncio.Event()
 
     def start(self) -> None:
         """Begin, with what was left by processes that are dead."""
@@ -41,7 +42,10 @@ class Bookkeeper:
 
     async def _keep(self, every: float, turn: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await asyncio.sleep(every)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(every):
+                    await self._ending.wait()
+                    return
             try:
                 await turn()
             except Exception as error:
@@ -71,6 +75,10 @@ class Bookkeeper:
         if self._closed:
             return
         self._closed = True
+        self._ending.set()
+        # A turn that is under way says what it stored, unless the database holds it up.
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_WITHIN)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
