@@ -124,6 +124,12 @@ SHUTTING_DOWN = Refusal(Kind.SHUTDOWN, "The gateway is shutting down. Send the r
 """What a request gets that is left when the time to drain is over, wherever it is."""
 
 
+def no_model(model: str) -> Refusal:
+    """Return what is told of a model that there is not."""
+    told = f"The model {model!r} does not exist. GET /v1/models lists what there is."
+    return Refusal(Kind.NO_MODEL, told, "model")
+
+
 def openai_body(refusal: Refusal, request_id: str) -> bytes:
     """Return OpenAI's error envelope."""
     return msgspec.json.encode({"error": refusal.openai_error()})

@@ -21,19 +21,8 @@ from gateway.policy.limits import FREE, UNIT, Counts, Limit, Rates
 from gateway.policy.token_bucket import LARGEST, SECOND, Shape, rate_shape
 from gateway.values import Count, ModelPattern, Name, PositiveDuration, Section
 
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_PERIODS = {
-    "s": "s",
-    "sec": "s",
-    "second": "s",
-    "m": "m",
-    "min": "m",
-    "minute": "m",
-    "h": "h",
-    "hour": "h",
-    "d": "d",
-    "day": "d",
-}
+_NAMES = {1: ("s", "sec", "second"), 60: ("m", "min", "minute"), 3600: ("h", "hour"), 86_400: ("d", "day")}
+_PERIODS = {name: seconds for seconds, names in _NAMES.items() for name in names}
 _SAID = {1: ("sec", "S"), 60: ("min", "M"), 3600: ("hour", "H"), 86_400: ("day", "D")}
 _RATE = re.compile(r"^(\d[\d_]*)([kKMG]?) ?/ ?([a-z]+)$", re.ASCII)
 _SCALES = {"": 1, "k": 1000, "K": 1000, "M": 10**6, "G": 10**9}
@@ -51,7 +40,7 @@ def parse_rate(text: str) -> tuple[int, int]:
     amount = int(match[1]) * _SCALES[match[2]]
     if not 0 < amount <= _MOST:
         raise ValueError(f"should be at least 1 and at most {_MOST} in its period")
-    return amount, SECONDS[_PERIODS[match[3]]]
+    return amount, _PERIODS[match[3]]
 
 
 def _rate_text(value: str) -> str:
@@ -290,7 +279,7 @@ def applying(asker: Asker, known: Declared, now: int) -> tuple[Limit, ...]:
 def _scopes(asker: Asker, known: Declared) -> Iterator[tuple[str, str, list[_Source]]]:
     limits, defaults = known.limits, known.limits.defaults
     tenant = known.tenants.get(asker.tenant)
-    organisation_name = (tenant.organisation if tenant is not None else None) or ""
+    organisation_name = organisation_of(asker.tenant, known)
     organisation = known.organisations.get(organisation_name)
     model_name, model = model_limits(limits, asker.model)
     of_tenant = _place(known, "tenant", asker.tenant)
@@ -337,9 +326,9 @@ def model_limits(limits: Limits, model: str) -> tuple[str, ModelLimits | None]:
     return longest, limits.models.get(longest)
 
 
-def organisation_of(asker_tenant: str, known: Declared) -> str:
+def organisation_of(name: str, known: Declared) -> str:
     """Return the organisation a tenant belongs to, empty for none."""
-    tenant = known.tenants.get(asker_tenant)
+    tenant = known.tenants.get(name)
     return (tenant.organisation if tenant is not None else None) or ""
 
 

@@ -91,7 +91,6 @@ class Metrics:
         self.client_retries = 0
         self.early_retries = 0
         self._limited: dict[tuple[str, str], int] = {}
-        self._standing = ""
         self._usage_stored = 0
         self._usage_lost: dict[str, int] = {}
         self._usage_waiting = (0, 0.0, 0)
@@ -159,10 +158,6 @@ class Metrics:
         """Count a request that a limit refused: whose it is and what it counts, both of closed sets."""
         self._limited[scope, counts] = self._limited.get((scope, counts), 0) + 1
 
-    def limits_by(self, standing: str) -> None:
-        """Note by whose word requests are let in (``Standing``)."""
-        self._standing = standing
-
     def mean_duration(self) -> float:
         """Return the mean seconds a request took, of all so far; 1 before the first."""
         durations = [series.duration for series in self._models.values()]
@@ -229,10 +224,7 @@ class Metrics:
             refused.add_metric([scope, counts], count)
         early = CounterMetricFamily("forebay_early_retries", "Requests sent again before the time they were told")
         early.add_metric([], self.early_retries)
-        standing = GaugeMetricFamily("forebay_limits_standing", "By whose word requests are let in", labels=["by"])
-        if self._standing:
-            standing.add_metric([self._standing], 1.0)
-        yield from (refused, early, standing)
+        yield from (refused, early)
 
     def _collect_requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(

@@ -87,6 +87,14 @@ def parse_moment(text: str, now: datetime) -> datetime:
         raise ValueError("should be a time such as 2030-01-31 or 2030-01-31T12:00, or a duration such as 30d") from None
 
 
+def parse_past(text: str, now: datetime) -> datetime:
+    """The same, except that a duration lies before ``now``: `7d` is a week ago."""
+    try:
+        return now - timedelta(seconds=parse_duration(text))
+    except ValueError:
+        return parse_moment(text, now)
+
+
 def parse_size(value: object) -> int:
     """Bytes from a whole number or from `10MB` (10⁷), `1MiB` (2²⁰); ValueError when it is neither, or negative."""
     size = math.nan

@@ -20,16 +20,17 @@ from gateway.api.context import fit_context
 from gateway.api.media import MediaRules
 from gateway.api.peek import Asked, read_body
 from gateway.api.request import Request, Steps
-from gateway.errors import EXPOSE, SHUTTING_DOWN, Kind, Refusal
+from gateway.errors import EXPOSE, SHUTTING_DOWN, Kind, Refusal, no_model
 from gateway.log import Log
 from gateway.metrics import Metrics
 from gateway.serving.deadlines import Deadlines
 from gateway.serving.dialect import Route
-from gateway.serving.limiter import Hold, Limiter, read_facts
+from gateway.serving.limiter import Hold, Limiter, Plan, read_facts
 from gateway.serving.pending import Pending
 from gateway.serving.pool import Pool
 from gateway.serving.relay import OUTCOMES, Client, Header, Order, Relay, RelayLimits
 from gateway.serving.ticket import Outcome, Ticket
+from gateway.state.keys import KeyRecord
 
 MAX_CLIENT_ID = 512
 """Characters of ``x-client-request-id``, as OpenAI has it."""
@@ -226,17 +227,18 @@ class Edge:
 
     def _admit(self, asked: Asked, request: Request, body: bytes) -> Generator[Pending, Any, Hold | Refusal]:
         """Reserve what the request will need of every limit it falls under."""
-        who, route, limiter = request.who, request.route, self.limiter
-        address = "" if who.public_id else network_of(request.ticket.client)
-        plan = limiter.plan(who, asked.model, self.pool.pool_of(asked.model), address)
+        plan = self.plan(request.who, asked.model, request.ticket.client)
         request.ticket.organisation = plan.organisation
-        facts = read_facts(route, asked.model, asked.fields, asked.max_tokens, body, who.public_id, request.first)
-        return limiter.admit(plan, facts)
+        facts = read_facts(plan, request.route, asked.model, asked.fields, asked.max_tokens, body, request.first)
+        return self.limiter.admit(plan, facts)
+
+    def plan(self, who: KeyRecord, model: str, client: str) -> Plan:
+        """Return what a key falls under on a model; without a key, what its client's address does."""
+        return self.limiter.plan(who, model, self.pool.pool_of(model), "" if who.public_id else network_of(client))
 
     def _resolve(self, asked: Asked, request: Request) -> Refusal | None:
         if self.pool.catalogue.resolve(asked.model) is None:
-            told = f"The model {asked.model!r} does not exist. GET /v1/models lists what there is."
-            return Refusal(Kind.NO_MODEL, told, "model")
+            return no_model(asked.model)
         if not may_use(request.who, asked.model):
             return Refusal(Kind.NO_RIGHT, f"This key may not use the model {asked.model!r}.", "model")
         return None

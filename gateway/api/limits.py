@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from gateway.api.auth import ANONYMOUS, network_of
+from gateway.api.auth import ANONYMOUS
 from gateway.api.edge import Edge
 from gateway.api.endpoints import Refused, require_admin
-from gateway.errors import Kind, Refusal
+from gateway.errors import Kind, Refusal, no_model
 from gateway.policy.limits import UNIT, Counts, Limit
 from gateway.policy.token_bucket import NEVER, SECOND, Bucket, spare, wait
 
@@ -26,8 +26,7 @@ async def explain_limits(
     """Tell every limit a request would fall under, nearest subject first, and what this replica knows is left of it."""
     edge: Edge = request.app.state.edge
     if edge.pool.catalogue.resolve(model) is None:
-        told = f"The model {model!r} does not exist. GET /v1/models lists what there is."
-        raise Refused(Refusal(Kind.NO_MODEL, told, "model"))
+        raise Refused(no_model(model))
     who = ANONYMOUS
     if key is not None:
         found = edge.authenticator.named(key)
@@ -37,8 +36,7 @@ async def explain_limits(
             )
             raise Refused(Refusal(Kind.NOT_FOUND, f"{told} `forebay keys list` shows them.", "key"))
         (who,) = found
-    address = "" if who.public_id else network_of(client)
-    plan = edge.limiter.plan(who, model, edge.pool.pool_of(model), address)
+    plan = edge.plan(who, model, client)
     limits = [_describe(limit, bucket) for limit, bucket in await edge.limiter.explain(plan)]
     return {
         "object": "list",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request
@@ -25,7 +25,7 @@ from gateway.state.keys import CreatedKey, KeyRecord, State, StoredKey
 from gateway.state.management import Management
 from gateway.state.store import Actor
 from gateway.state.tenants import Entry, Group, GroupKind
-from gateway.values import Duration, ModelPattern, Moment, Name, parse_duration, parse_moment
+from gateway.values import Duration, ModelPattern, Moment, Name, parse_moment, parse_past
 
 T = TypeVar("T")
 
@@ -48,12 +48,7 @@ def _ahead(value: object) -> object:
 
 def _ago(value: object) -> object:
     """A time, or how long it is ago."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return datetime.now(UTC) - timedelta(seconds=parse_duration(value))
-    except ValueError:
-        return parse_moment(value, datetime.now(UTC))
+    return parse_past(value, datetime.now(UTC)) if isinstance(value, str) else value
 
 
 Ahead = Annotated[Moment, BeforeValidator(_ahead)]

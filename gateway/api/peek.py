@@ -16,6 +16,7 @@ from engines.registry import ENGINES
 from gateway.api.media import MediaRules, check_media, has_escapes
 from gateway.errors import Kind, Refusal
 from gateway.serving.dialect import Route
+from gateway.serving.tokens import count_prompts
 from gateway.settings import Caps
 
 FORBIDDEN = frozenset().union(*(engine.control_fields for engine in ENGINES.values()))
@@ -53,12 +54,10 @@ class _View(msgspec.Struct):
 
 _decode_view = msgspec.json.Decoder(_View, strict=True).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_any = msgspec.json.Decoder().decode
 _decode_string = msgspec.json.Decoder(str).decode
 _decode_int = msgspec.json.Decoder(int, strict=True).decode
 _SURROGATE = re.compile(rb"\\u([dD][89a-fA-F][0-9a-fA-F]{2})")
-_NUMBER = frozenset({b"-", *(b"%d" % digit for digit in range(10))})
 _NULL, _TRUE, _FALSE = b"null", b"true", b"false"
 _TEMPLATE_KEYS = frozenset({"chat_template", "tokenize", "conversation", "tools", "documents"})
 
@@ -275,24 +274,11 @@ def _hold_n(fields: dict[str, msgspec.Raw], route: Route, cap: int) -> Refusal |
         value = _count(fields, name)
         if isinstance(value, Refusal):
             return value
-        answers = (value or 1) * _prompts(fields.get("prompt"))
+        answers = (value or 1) * count_prompts(fields.get("prompt"))
         if answers > cap:
             told = f"This key may ask for at most {cap} answers in one request; this one asks for {answers}."
             return Refusal(Kind.INVALID, told, name)
     return None
-
-
-def _prompts(raw: msgspec.Raw | None) -> int:
-    """Return how many prompts a completion request holds: a list of strings or of lists is that many."""
-    if raw is None or not bytes(raw).lstrip().startswith(b"["):
-        return 1
-    try:
-        prompts = _decode_list(raw)
-    except RecursionError:
-        # Nested so deep that no engine takes it for prompts.
-        return 1
-    # One prompt as token ids begins with a number; engines take numbers in strings as such too, so "1" counts as text.
-    return 1 if prompts and bytes(prompts[0])[:1] in _NUMBER else max(1, len(prompts))
 
 
 def _count(fields: dict[str, msgspec.Raw], name: str) -> int | Refusal | None:

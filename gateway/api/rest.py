@@ -23,7 +23,7 @@ from gateway.api.limits import LIMITS
 from gateway.api.manage import MANAGE, Managed
 from gateway.api.routes import RELAYED
 from gateway.api.usage import USAGE
-from gateway.errors import Kind, Refusal, openai_body
+from gateway.errors import Kind, Refusal, no_model, openai_body
 from gateway.serving.bookkeeper import Bookkeeper
 from gateway.serving.minded import Minders
 from gateway.serving.pool import Endpoint
@@ -76,8 +76,7 @@ async def show_model(model: str, request: Request) -> dict[str, Any]:
     who = _identify(request, edge)
     found = edge.pool.catalogue.resolve(model)
     if found is None:
-        told = f"The model {model!r} does not exist. GET /v1/models lists what there is."
-        raise Refused(Refusal(Kind.NO_MODEL, told, "model"))
+        raise Refused(no_model(model))
     if not may_use(who, model):
         raise Refused(Refusal(Kind.NO_RIGHT, f"This key may not use the model {model!r}.", "model"))
     return _describe(found)

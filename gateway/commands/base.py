@@ -16,7 +16,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from gateway.settings import ConfigError, load
-from gateway.values import parse_duration, parse_moment
+from gateway.values import parse_duration, parse_moment, parse_past
 
 if TYPE_CHECKING:
     from gateway.state.management import Management
@@ -125,6 +125,14 @@ def moment(option: str, text: str) -> datetime:
     """A time given as such or as a duration from now. CommandError when it is neither."""
     try:
         return parse_moment(text, datetime.now(UTC))
+    except ValueError as error:
+        raise CommandError(f"{option} {text}: {error}") from None
+
+
+def past(option: str, text: str) -> datetime:
+    """A time given as such or as how long it is ago. CommandError when it is neither."""
+    try:
+        return parse_past(text, datetime.now(UTC))
     except ValueError as error:
         raise CommandError(f"{option} {text}: {error}") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,12 +15,11 @@ from gateway.commands.base import (
     group,
     managing,
     mapping,
-    moment,
+    past,
     print_json,
     print_table,
 )
 from gateway.settings import ConfigError, explain
-from gateway.values import parse_duration
 
 if TYPE_CHECKING:
     from gateway.state.tenants import GroupKind
@@ -163,7 +161,9 @@ def audit(
     - `forebay audit --kind key --name alice --json`
     """
     with managing(config) as management:
-        entries = management.store.audit(since=_ago(since), kind=kind, name=name, limit=limit)
+        entries = management.store.audit(
+            since=past("--since", since) if since is not None else None, kind=kind, name=name, limit=limit
+        )
     if as_json:
         print_json([entry.as_json() for entry in entries])
         return
@@ -172,15 +172,6 @@ def audit(
         for one in entries
     )
     print_table(("time (UTC)", "who", "did", "name", "what"), rows)
-
-
-def _ago(text: str | None) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        return datetime.now(UTC) - timedelta(seconds=parse_duration(text))
-    except ValueError:
-        return moment("--since", text)
 
 
 def _told(before: Any, after: Any) -> str:

@@ -7,7 +7,6 @@ Rule 3: what a request used is charged by what is known of it, and how it is kno
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import re
 import zlib
@@ -26,19 +25,21 @@ from gateway.serving.dialect import OPENAI, Route
 from gateway.serving.meter import Usage
 from gateway.serving.pending import Pending
 from gateway.serving.rates import Header, families, never_fits, rate_headers, refusal
+from gateway.serving.tokens import count_prompts
 from gateway.state.keys import KeyRecord
 from gateway.store.protocol import Draw, Granted, Refused, Standing, Store, Verdict
 
 MOST_PLANS = 50_000
+"""Kept at once; beyond that they are worked out anew."""
 MOST_ANSWERS = 100_000
 """Of one request that are reckoned with; no engine takes as many."""
 LEAST_CUT = 16
 """Tokens of an answer below which cutting it is no use."""
-FEWEST_BYTES = 32
-"""Bytes of a prompt that no token is longer than, on the average: the bound on what can never fit."""
+LONGEST_TOKEN = 128
+"""Bytes that the tokens of a prompt do not have on the average: the bound on what can never fit."""
 _DATA_URL = re.compile(rb'data:[^"]*')
 _PARTS = (b'"image_url"', b'"input_image"', b'"input_audio"', b'"video_url"', b'"audio_url"', b'"source"')
-_AGAIN = 1 << 32
+_NOT_ZERO = 1 << 32
 
 
 class Settlement(enum.StrEnum):
@@ -103,11 +104,6 @@ class Hold:
         """What was counted, where the engine did not say it."""
 
     @property
-    def organisation(self) -> str:
-        """The organisation of the key's tenant, empty for none."""
-        return self._plan.organisation
-
-    @property
     def headers(self) -> list[Header]:
         """What the client is told of its limits."""
         granted = self._granted
@@ -168,9 +164,8 @@ class Hold:
                 return Settlement.EXACT, known
             counted = max(known.output, self._limiter.tokens(facts, events))
             return Settlement.COUNTED, Size(known.prompt, counted, known.cached, known.reasoning)
-        if events and not whole:
-            return Settlement.COUNTED, Size(size.prompt, self._limiter.tokens(facts, events))
-        if whole and events and facts.route.streams and usage is None and writes and events > 1:
+        # An answer that is no stream is one event, which says nothing of its length.
+        if (events > 1 and writes and usage is None) if whole else events:
             return Settlement.COUNTED, Size(size.prompt, self._limiter.tokens(facts, events))
         return (Settlement.KEPT if accepted or whole else Settlement.VOID), size
 
@@ -195,13 +190,13 @@ class Limiter:
 
     def plan(self, who: KeyRecord, model: str, pool: str, address: str) -> Plan:
         """Return what applies to a request."""
-        named = (who.public_id, "" if who.public_id else address, model, pool)
+        named = (who.public_id, address, model, pool)
         plan = self._plans.get(named)
         if plan is not None and plan.who is who and (plan.until == 0 or self._clock() < plan.until):
             return plan
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
-        plan = self._plans[named] = self._make_plan(who, model, pool, named[1])
+        plan = self._plans[named] = self._make_plan(who, model, pool, address)
         return plan
 
     def _make_plan(self, who: KeyRecord, model: str, pool: str, address: str) -> Plan:
@@ -275,7 +270,7 @@ class Limiter:
         """Refuse what is larger than a whole bucket by what the client stated, or at the very least."""
         if not facts.route.charged:
             return None
-        prompt = facts.counted if facts.counted is not None else facts.size // FEWEST_BYTES // 4
+        prompt = facts.counted if facts.counted is not None else facts.size // LONGEST_TOKEN
         least = Size(prompt, (facts.stated or 0) * facts.answers)
         for limit, asked in zip(plan.limits, self._needs(plan, least), strict=True):
             if asked > limit.shape.capacity and not limit.cut:
@@ -287,10 +282,10 @@ class Limiter:
         return [needs[limit.counts] for limit in plan.limits]
 
     def _draws(self, plan: Plan, size: Size) -> tuple[Draw, ...]:
-        needs = amounts(size, plan.weights, plan.prices)
         # An estimate that is more than a bucket holds takes all of it: what can never fit is refused on facts only.
         return tuple(
-            Draw(limit.bucket, limit.shape, min(needs[limit.counts], limit.shape.capacity)) for limit in plan.limits
+            Draw(limit.bucket, limit.shape, min(need, limit.shape.capacity))
+            for limit, need in zip(plan.limits, self._needs(plan, size), strict=True)
         )
 
     def _refuse(self, plan: Plan, facts: Facts, draws: tuple[Draw, ...], refused: Refused) -> Refusal:
@@ -367,15 +362,15 @@ def _spoken(facts: Facts) -> str:
 
 
 def read_facts(
-    route: Route, model: str, fields: Fields, stated: int | None, body: bytes, key: str, first: bool
+    plan: Plan, route: Route, model: str, fields: Fields, stated: int | None, body: bytes, first: bool
 ) -> Facts:
-    """Read off a body what its size can be estimated by."""
+    """Read off a body what its size can be estimated by, and who it is where a limit might refuse it."""
     parts, size = 0, len(body)
     if route.media_fields and (b"_url" in body or b"input_" in body or b"source" in body):
         parts = sum(body.count(needle) for needle in _PARTS)
         if parts and b"data:" in body:
             size -= sum(match.end() - match.start() for match in _DATA_URL.finditer(body))
-    who = zlib.crc32(body, zlib.crc32(key.encode())) + _AGAIN
+    who = zlib.crc32(body, zlib.crc32(plan.who.public_id.encode())) + _NOT_ZERO if plan.limits else 0
     return Facts(route, model, fields, size, parts, _answers(route, fields), stated, _counted(fields), who, first)
 
 
@@ -385,14 +380,7 @@ def _answers(route: Route, fields: Fields) -> int:
         raw = fields.get(name)
         if raw is not None and bytes(raw).isdigit():
             most = max(most, min(int(bytes(raw)[:9]), MOST_ANSWERS))
-    prompt = fields.get("prompt") if route.n_fields else None
-    if prompt is not None and bytes(prompt).startswith(b"["):
-        with contextlib.suppress(msgspec.DecodeError, RecursionError):
-            prompts = msgspec.json.decode(prompt, type=list[msgspec.Raw])
-            # One prompt in numbers is one prompt.
-            if prompts and bytes(prompts[0])[:1] in (b'"', b"["):
-                most *= min(len(prompts), MOST_ANSWERS)
-    return most
+    return most * min(count_prompts(fields.get("prompt")), MOST_ANSWERS) if route.n_fields else most
 
 
 def _counted(fields: Fields) -> int | None:

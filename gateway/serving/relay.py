@@ -492,10 +492,6 @@ class Relay:
         """End with an error, whatever the engine may still say."""
         if self._state == DONE:
             return
-        if self._connection is not None:
-            self._ticket.accepted |= self._connected
-            self._connection.abort()
-            self._connection = None
         self._fail(refusal, self._clock())
 
     # --- pace -----------------------------------------------------------------------------------------------------

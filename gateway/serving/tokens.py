@@ -21,6 +21,8 @@ TEMPLATE_TOKENS = 512
 MAX_COUNT_ANSWER = 16 * 1024 * 1024
 
 _PATH = "/tokenize"
+_NUMBER = frozenset({b"-", *(b"%d" % digit for digit in range(10))})
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _PASSING = (401, 403, 404, 408, 429)
 """The engine's key, its model or its load: not the request's fault."""
 _PROMPT_FIELDS = ("prompt", "input", "messages", "system", "instructions", "tools")
@@ -102,6 +104,19 @@ async def count_tokens(pool: Pool, model: str, path: str, fields: Fields, enough
     return longest
 
 
+def count_prompts(raw: msgspec.Raw | None) -> int:
+    """Return how many prompts a completion request holds: a list of strings or of lists is that many."""
+    if raw is None or not bytes(raw).lstrip().startswith(b"["):
+        return 1
+    try:
+        prompts = _decode_list(raw)
+    except RecursionError:
+        # Nested so deep that no engine takes it for prompts.
+        return 1
+    # One prompt as token ids begins with a number; engines take numbers in strings as such too, so "1" counts as text.
+    return 1 if prompts and bytes(prompts[0])[:1] in _NUMBER else max(1, len(prompts))
+
+
 def _prompts(path: str, fields: Fields) -> list[Fields] | None:
     """Return the bodies for the tokenizer, one a prompt; None: not countable."""
     try:
@@ -152,7 +167,7 @@ def _raw(value: Any) -> msgspec.Raw:
 async def _ask(endpoint: Endpoint, model: msgspec.Raw, prompt: Fields) -> int | Uncounted:
     value = prompt.get("prompt")
     if value is not None and bytes(value).startswith(b"["):
-        return len(msgspec.json.decode(value, type=list[msgspec.Raw]))
+        return len(_decode_list(value))
     body = msgspec.json.encode({**prompt, "model": model})
     head = endpoint.request_head(_PATH)
     payload = b"%bcount\r\ncontent-length: %d\r\n\r\n%b" % (head, len(body), body)
