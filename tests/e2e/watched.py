@@ -24,7 +24,9 @@ class WatchedEngine:
 
     def __init__(self, engine: RealEngine) -> None:
         self.engine = engine
-        transport = httpx.AsyncHTTPTransport(uds=engine.url.removeprefix("unix:"))
+        # A connection for each question: one that is kept may be closed by the engine the moment it is used again.
+        alone = httpx.Limits(max_keepalive_connections=0)
+        transport = httpx.AsyncHTTPTransport(uds=engine.url.removeprefix("unix:"), limits=alone)
         self._client = httpx.AsyncClient(base_url="http://engine", transport=transport, timeout=ANSWER_WITHIN)
 
     async def __aenter__(self) -> Self:
