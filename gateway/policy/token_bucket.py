@@ -76,7 +76,9 @@ def fresh(shape: Shape, now: int, empty_since: int = 0) -> Bucket:
     if shape.slots:
         return Bucket(0, now)
     if empty_since:
-        return refill(shape, Bucket(0, min(empty_since, now), 0, epoch), now)
+        since = min(empty_since, now)
+        # A period that began after the loss is whole.
+        return refill(shape, Bucket(0, since, 0, epoch if since >= epoch else 0), now)
     return Bucket(shape.capacity, now, 0, epoch)
 
 

