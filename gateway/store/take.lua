@@ -45,22 +45,6 @@ local function is_mine(promise)
   return mine and promise.who == mine.who and promise.due == mine.due
 end
 
-local function kept(bucket)
-  local sum = 0
-  for _, promise in ipairs(bucket.promises) do
-    if not mine then
-      sum = sum + promise.amount
-    elseif now >= mine.due then
-      if promise.due < mine.due then
-        sum = sum + promise.amount
-      end
-    elseif not is_mine(promise) then
-      sum = sum + promise.amount
-    end
-  end
-  return sum
-end
-
 local function without_mine(bucket)
   local others = {}
   for _, promise in ipairs(bucket.promises) do
@@ -69,6 +53,52 @@ local function without_mine(bucket)
     end
   end
   return others
+end
+
+local function ahead(promise)
+  if not mine then
+    return true
+  end
+  return not is_mine(promise) and (now < mine.due or promise.due < mine.due)
+end
+
+local function kept(i)
+  local shape, most, promised = shapes[i], 0, 0
+  for _, promise in ipairs(buckets[i].promises) do
+    if ahead(promise) then
+      promised = promised + promise.amount
+      local gained = 0
+      if shape.rate > 0 and promise.due > now then
+        gained = max(0, floor((promise.due - now) * shape.rate / shape.per) - 1)
+      end
+      most = max(most, promised - gained)
+    end
+  end
+  return most
+end
+
+local function promised_ahead(i)
+  local sum = 0
+  for _, promise in ipairs(buckets[i].promises) do
+    if ahead(promise) then
+      sum = sum + promise.amount
+    end
+  end
+  return sum
+end
+
+-- In its place by time. Slots are promised to nobody.
+local function note(i, due)
+  local promises, at = without_mine(buckets[i]), 1
+  if not shapes[i].slots and shapes[i].amount > 0 then
+    for _, other in ipairs(promises) do
+      if other.due <= due then
+        at = at + 1
+      end
+    end
+    table.insert(promises, at, {due = due, till = due + GRACE, amount = shapes[i].amount, who = who})
+  end
+  buckets[i].promises = promises
 end
 
 local function spare(i)
@@ -98,7 +128,7 @@ local function refuse()
   if mine and now < mine.due then
     for i = 1, count do
       for _, promise in ipairs(buckets[i].promises) do
-        if is_mine(promise) and promise.amount == mine.amount then
+        if is_mine(promise) then
           return answer('early', i - 1, mine.due - now, '1')
         end
       end
@@ -106,9 +136,8 @@ local function refuse()
   end
   local longest, index, crowded = -1, 0, false
   for i = 1, count do
-    local for_others = kept(buckets[i])
-    if spare(i) - for_others < shapes[i].amount then
-      local told = wait(shapes[i], buckets[i], shapes[i].amount + for_others)
+    if spare(i) - kept(i) < shapes[i].amount then
+      local told = wait(shapes[i], buckets[i], shapes[i].amount + promised_ahead(i))
       if told > longest then
         longest, index = told, i - 1
       end
@@ -119,16 +148,14 @@ local function refuse()
     return answer('short', index, longest, '0')
   end
   for i = 1, count do
-    local promises = without_mine(buckets[i])
-    promises[#promises + 1] = {due = now + longest, till = now + longest + GRACE, amount = shapes[i].amount, who = who}
-    buckets[i].promises = promises
+    note(i, now + longest)
   end
   return answer('short', index, longest, '1')
 end
 
 local free = {}
 for i = 1, count do
-  free[i] = spare(i) - kept(buckets[i])
+  free[i] = spare(i) - kept(i)
 end
 for i = 1, count do
   if free[i] < shapes[i].amount then
