@@ -104,3 +104,9 @@ def test_slots_come_back_only_by_being_given_back() -> None:
     bucket = give(shape, bucket, 1000, NOW)
     assert wait(shape, bucket, 1000, NOW) == 0
     assert give(shape, bucket, 9000, NOW).level == 0
+
+
+def test_a_period_that_began_after_the_loss_is_whole() -> None:
+    shape = Shape(5000, starts=NOW, ends=NOW + 60 * SECOND)
+    assert fresh(shape, NOW + SECOND, empty_since=NOW - SECOND).level == 5000
+    assert fresh(shape, NOW + 2 * SECOND, empty_since=NOW + SECOND).level == 0

@@ -166,7 +166,7 @@ def test_the_scripts_are_the_pure_functions_where_all_want_the_same(client: redi
             if roll < 0.6:
                 sequence.append(take)
             elif roll < 0.7:
-                sequence.append(Give(chance.randint(0, 2), chance.choice((-2000, 500, 1000))))
+                sequence.append(Give(chance.randint(0, 2), chance.choice((-20_000, -2000, 500, 1000))))
             else:
                 sequence.append(chance.choice(moves))
         compare(client, of, sequence, lost=chance.random() < 0.3)
@@ -185,8 +185,8 @@ def compare(client: redis.Redis, of: tuple[Shape, ...], sequence: list[Step], *,
     now = NOW
     sent, expected = Sent(client, of), Expected(of)
     sent.pipeline.delete("t:0", "t:1", "t:2", "t:record", "t:replicas")
-    sent.pipeline.set("t:generation", f"1 {NOW if lost else 0}")
-    expected.buckets = [fresh(shape, now, NOW if lost else 0) for shape in of]
+    sent.pipeline.set("t:generation", f"1 {NOW - SECOND if lost else 0}")
+    expected.buckets = [fresh(shape, now, NOW - SECOND if lost else 0) for shape in of]
     sent.take(Take((0, 0, 0), 0, False, 0, 0, 1), now)
     answers: list[tuple[object, ...] | None] = [expected.take(Take((0, 0, 0), 0, False, 0, 0, 1), now)]
     states: list[list[Bucket]] = [expected.buckets]
