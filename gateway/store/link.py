@@ -1,0 +1,294 @@
+"""One connection to a Redis server over which all calls of a replica go.
+
+Rule 1: the calls of one turn of the event loop leave in one write; answers come in their order.
+Rule 2: a call ends once: with the script's answer, or lost (``None``), when nobody knows whether it was run.
+Rule 3: after any error but a script the server does not know the connection is given up and made anew, after a wait
+        that grows and is left to chance. Passwords are in no message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import msgspec
+from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import MovedError, NoScriptError, RedisError
+
+from gateway.store.scripts import ALL, Script, Told, pack, parse
+
+_log = logging.getLogger(__name__)
+
+FIRST_WAIT = 0.02
+LONGEST_WAIT = 1.0
+"""Seconds between attempts to connect, at the most."""
+OPENING = 1.0
+"""Seconds for a connection to be made, the login and the scripts with it."""
+SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster")
+_FORM = re.compile(r"(?P<scheme>[a-z+]+)://(?:(?P<login>.*)@)?(?P<place>[^@/?]*)(?P<path>/[^@?]*)?(?:\?(?P<query>.*))?")
+
+Address = tuple[str, int]
+Done = Callable[[Told | None], None]
+
+
+class Target(msgspec.Struct, frozen=True):
+    """Where the server is and how to log in; without the passwords it may be shown (``str``)."""
+
+    scheme: str
+    addresses: tuple[Address, ...]
+    path: str = ""
+    service: str = ""
+    database: int = 0
+    username: str | None = None
+    password: str | None = None
+    sentinel_password: str | None = None
+    ca: str | None = None
+
+    def __str__(self) -> str:
+        places = ",".join(f"{host}:{port}" for host, port in self.addresses)
+        return f"{self.scheme}://{self.path or places}{f'/{self.service}' if self.service else ''}"
+
+    __repr__ = __str__
+
+
+def read_url(url: str, ca: str | None = None) -> Target:
+    """Return what a URL says. A ``ValueError`` repeats nothing of it, for there may be a password anywhere."""
+    found = _FORM.fullmatch(url)
+    if found is None or found["scheme"] not in SCHEMES:
+        raise ValueError(f"not the URL of a Redis server ({', '.join(f'{scheme}://' for scheme in SCHEMES)})")
+    scheme, path = found["scheme"], unquote(found["path"] or "")
+    options = {name: values[-1] for name, values in parse_qs(found["query"] or "").items()}
+    username, _, password = (found["login"] or "").partition(":")
+    service = ""
+    if scheme == "redis+sentinel":
+        service, _, path = path.strip("/").partition("/")
+        if not service:
+            raise ValueError("the URL of a Sentinel names no service: redis+sentinel://host:port,host:port/service")
+    database = path.strip("/") if scheme != "unix" else options.get("db", "")
+    if database and not database.isdigit():
+        raise ValueError("the URL of a Redis server has something else than a number for its database")
+    try:
+        addresses = tuple(_address(part, scheme) for part in found["place"].split(",")) if scheme != "unix" else ()
+    except ValueError:
+        raise ValueError("the URL of a Redis server has no valid host and port") from None
+    return Target(
+        scheme=scheme,
+        addresses=addresses,
+        path=path if scheme == "unix" else "",
+        service=service,
+        database=int(database or 0),
+        username=unquote(username) or None,
+        password=unquote(password) or None,
+        sentinel_password=options.get("sentinel_password"),
+        ca=ca or options.get("ssl_ca_certs"),
+    )
+
+
+def _address(place: str, scheme: str) -> Address:
+    parts = urlsplit(f"//{place}")
+    return parts.hostname or "localhost", parts.port or (26379 if scheme == "redis+sentinel" else 6379)
+
+
+class _Call:
+    __slots__ = ("args", "done", "keys", "script", "sent")
+
+    def __init__(self, script: Script, keys: Sequence[str], args: Sequence[str], done: Done) -> None:
+        self.script = script
+        self.keys = keys
+        self.args = args
+        self.done = done
+        self.sent = 0.0
+
+    def packed(self, *, whole: bool) -> bytes:
+        name, what = (b"EVAL", self.script.source) if whole else (b"EVALSHA", self.script.sha)
+        return pack((name, what, str(len(self.keys)), *self.keys, *self.args))
+
+
+class Link:
+    """A connection that is made again whenever it is lost. ``on_up`` is called when calls may be made, ``on_down``
+    after all calls on their way have been told that they are lost."""
+
+    def __init__(
+        self, target: Target, on_up: Callable[[], None], on_down: Callable[[], None], chance: random.Random
+    ) -> None:
+        self._target = target
+        self._on_up = on_up
+        self._on_down = on_down
+        self._chance = chance
+        self._connection: Any = None
+        self._waiting: list[_Call] = []
+        self._flight: deque[_Call] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._attempts = 0
+        self._moved: Address | None = None
+        self._seed = 0
+
+    # --- calls ------------------------------------------------------------------------------------------------------
+
+    @property
+    def up(self) -> bool:
+        """Whether calls may be made."""
+        return self._connection is not None
+
+    @property
+    def oldest(self) -> float | None:
+        """Since when, by the loop's time, the oldest call waits for its answer; None: none does."""
+        if self._flight:
+            return self._flight[0].sent
+        return self._waiting[0].sent if self._waiting else None
+
+    def call(self, script: Script, keys: Sequence[str], args: Sequence[str], done: Done) -> None:
+        """Have a script run; only while ``up``."""
+        loop = asyncio.get_running_loop()
+        call = _Call(script, keys, args, done)
+        call.sent = loop.time()
+        if not self._waiting:
+            loop.call_soon(self._write)
+        self._waiting.append(call)
+
+    def _write(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting and self._connection is not None:
+            self._flight.extend(waiting)
+            self._connection._writer.write(b"".join([call.packed(whole=False) for call in waiting]))
+
+    def healthy(self) -> None:
+        """What came up has proved itself: the next loss is a first one."""
+        self._attempts = 0
+
+    def drop(self) -> None:
+        """Give the connection up, and make it anew."""
+        if self._reader is not None:
+            self._reader.cancel()
+        self._lose()
+
+    def _lose(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        connection._close()
+        lost = [*self._flight, *self._waiting]
+        self._flight.clear()
+        self._waiting.clear()
+        for call in lost:
+            call.done(None)
+        self._on_down()
+
+    # --- the connection ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """End; what is on its way is lost."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        self._lose()
+
+    async def _run(self) -> None:
+        while True:
+            if self._attempts:
+                await asyncio.sleep(self._chance.uniform(0.25, 1) * min(LONGEST_WAIT, FIRST_WAIT * 2**self._attempts))
+            self._attempts = min(self._attempts + 1, 10)
+            try:
+                async with asyncio.timeout(OPENING):
+                    connection = await self._open()
+            except (RedisError, OSError, TimeoutError, ValueError) as error:
+                self._moved = None
+                self._seed += 1
+                _log.debug("no connection to %s: %s", self._target, type(error).__name__)
+                continue
+            self._connection = connection
+            self._reader = asyncio.create_task(self._read(connection))
+            self._on_up()
+            try:
+                await asyncio.wait((self._reader,))
+            finally:
+                self._reader.cancel()
+                self._lose()
+
+    async def _open(self) -> Any:
+        connection: Any = self._make(await self._find())
+        try:
+            await connection.connect()
+            loads = [pack((b"SCRIPT", b"LOAD", script.source)) for script in ALL]
+            await connection.send_packed_command(b"".join(loads), check_health=False)
+            for _ in ALL:
+                await connection.read_response()
+        except BaseException:
+            connection._close()
+            raise
+        return connection
+
+    async def _read(self, connection: Any) -> None:
+        """Hand on the answers until there will be no more."""
+        flight = self._flight
+        while True:
+            try:
+                answer = await connection.read_response(disable_decoding=True)
+            except NoScriptError:
+                call = flight.popleft()
+                connection._writer.write(call.packed(whole=True))
+                flight.append(call)
+                continue
+            except MovedError as moved:
+                self._moved = (moved.host, moved.port)
+                return
+            except (RedisError, OSError) as error:
+                _log.debug("the connection to %s ended: %s", self._target, type(error).__name__)
+                return
+            flight.popleft().done(parse(answer))
+
+    async def _find(self) -> Address | None:
+        target = self._target
+        if self._moved is not None:
+            return self._moved
+        if not target.addresses:
+            return None
+        address = target.addresses[self._seed % len(target.addresses)]
+        if target.scheme != "redis+sentinel":
+            return address
+        sentinel: Any = Connection(
+            host=address[0], port=address[1], password=target.sentinel_password, protocol=2, driver_info=None
+        )
+        try:
+            await sentinel.connect()
+            await sentinel.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", target.service)
+            found = await sentinel.read_response()
+        finally:
+            sentinel._close()
+        if not found:
+            raise RedisError("the Sentinel does not know the service")
+        return found[0].decode(), int(found[1])
+
+    def _make(self, address: Address | None) -> Any:
+        target = self._target
+        options: dict[str, Any] = {
+            "db": target.database,
+            "username": target.username,
+            "password": target.password,
+            "socket_timeout": None,
+            "retry": Retry(NoBackoff(), 0),
+            "protocol": 2,
+            "driver_info": None,
+        }
+        if address is None:
+            return UnixDomainSocketConnection(path=target.path, **options)
+        options.update(host=address[0], port=address[1], socket_connect_timeout=OPENING)
+        if target.scheme == "rediss":
+            return SSLConnection(ssl_ca_certs=target.ca, **options)
+        return Connection(**options)
