@@ -70,8 +70,10 @@ def take(
     for need, bucket, left in zip(needs, current, free, strict=True):
         amount = need.amount
         if need.more:
-            # Half of what is left, shared among all: the nearer the end, the smaller the share.
-            amount += min(need.more, (left - amount) // (2 * sharers))
+            # Half of what is left, shared among all: the nearer the end, the smaller the share. What would not do for
+            # one more request like this is of use to somebody else only.
+            more = min(need.more, (left - amount) // (2 * sharers))
+            amount += more if more >= amount else 0
         amounts.append(amount)
         promises = _without(bucket.promises, mine)
         after.append(Bucket(bucket.level - amount, bucket.at, bucket.part, bucket.epoch, promises))

@@ -42,6 +42,11 @@ class Lease:
         since = now - self._touched
         return self._recent * (HORIZON - max(0, since)) // HORIZON if since < HORIZON else 0
 
+    def asks(self, amount: int, now: int, sharers: int) -> int:
+        """Return how much is asked for beside ``amount``: nothing where it would not do for one more of its kind."""
+        more = self._most(now, sharers)
+        return more if more >= amount else 0
+
     def keep(self, amount: int, now: int, sharers: int) -> int:
         """Return how much of what comes back is kept here (added to ``held``); a debt is paid out of what is held."""
         room = self._most(now, sharers) - self.held if amount > 0 else 0

@@ -207,7 +207,7 @@ class RedisStore:
                 # What fits goes back as well, so that the store sees the whole request.
                 back = min(lease.held, draw.amount)
                 if lease.held < draw.amount:
-                    more = lease.wanted(now)
+                    more = lease.asks(draw.amount, now, self._live)
                     if draw.bucket not in self._busy:
                         self._busy[draw.bucket] = []
                         taking.owns.append(draw.bucket)
@@ -586,6 +586,7 @@ class RedisStore:
             )
             told = await answer
             if told is not None:
+                self._note(told)
                 held = [self._leases[d.bucket].held if d.bucket in self._leases else 0 for d in draws]
                 return tuple(
                     Bucket(b.level + more, b.at, b.part, b.epoch, b.promises)
@@ -602,6 +603,8 @@ class RedisStore:
 
     async def stop(self) -> None:
         """Carry on what is noted, return what is leased, leave; for a second at the most."""
+        if "tick" not in self._timers:
+            return
         self._cancel("tick")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
@@ -614,15 +617,15 @@ class RedisStore:
             self._cancel(name)
 
     async def _leave(self) -> None:
-        while self._asks and not self._lost:
-            await asyncio.wait([ask.future for ask in self._asks])
-        for name in self._holding:
-            lease = self._leases[name]
-            held, lease.held = lease.held, 0
-            if held:
-                self._post(name, lease.shape, held)
-        while self._serving and (self._outbox or self._batch):
+        while not self._lost:
+            for name in self._holding:
+                lease = self._leases[name]
+                held, lease.held = lease.held, 0
+                if held:
+                    self._post(name, lease.shape, held)
             self._flush()
+            if self._serving and not (self._asks or self._outbox) and self._link.oldest is None:
+                break
             await asyncio.sleep(0.002)
         if self._serving:
             answer: asyncio.Future[Told | None] = asyncio.get_running_loop().create_future()

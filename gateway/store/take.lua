@@ -167,7 +167,10 @@ for i = 1, count do
   local shape, bucket = shapes[i], buckets[i]
   amounts[i] = shape.amount
   if shape.more > 0 then
-    amounts[i] = amounts[i] + min(shape.more, quotient(free[i] - shape.amount, 2 * sharers))
+    local more = min(shape.more, quotient(free[i] - shape.amount, 2 * sharers))
+    if more >= shape.amount then
+      amounts[i] = amounts[i] + more
+    end
   end
   bucket.level = bucket.level - amounts[i]
   if shape.slots then

@@ -1,0 +1,283 @@
+"""Several replicas on one real server, under load and under what servers do to their clients."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from gateway.policy.token_bucket import SECOND, Shape, rate_shape
+from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
+from gateway.store.redis import LIFETIME, Mode, RedisStore
+from tests.store.servers import Server, until
+
+names = itertools.count()
+BUDGET = Shape(10**9)
+"""Never refilled, so that every unit must be accounted for."""
+SLOTS = Shape(50_000, slots=True)
+
+
+def wall() -> int:
+    return time.time_ns() // 1000
+
+
+class Clock:
+    now = 1_790_000_000 * SECOND
+
+    def __call__(self) -> int:
+        return self.now
+
+
+def a_store(server: Server, namespace: str, **options: object) -> RedisStore:
+    settings: dict[str, object] = {
+        "url": server.url,
+        "replica_id": f"replica{next(names)}",
+        "clock": wall,
+        "namespace": namespace,
+        "timeout": 1.0,
+        **options,
+    }
+    return RedisStore(**settings)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def fleet(server: Server, count: int, **options: object) -> AsyncIterator[list[RedisStore]]:
+    namespace = f"fleet{next(names)}"
+    stores = [a_store(server, namespace, **options) for _ in range(count)]
+    await asyncio.gather(*(store.start() for store in stores))
+    try:
+        yield stores
+    finally:
+        await asyncio.gather(*(store.stop() for store in stores))
+
+
+async def reserve(store: RedisStore, draws: Sequence[Draw], who: int, *, first: bool = False) -> Verdict:
+    verdict = store.reserve(draws, who, first=first)
+    return verdict if isinstance(verdict, Granted | Refused) else await verdict
+
+
+async def level(server: Server, namespace_of: RedisStore, shape: Shape, bucket: str = "a") -> int:
+    """What a bucket holds by the word of somebody who holds nothing of it."""
+    namespace = namespace_of._prefix[1:].partition("}")[0]
+    observer = a_store(server, namespace)
+    await observer.start()
+    (found,) = await observer.look([Draw(bucket, shape, 0)])
+    await observer.stop()
+    return found.level
+
+
+# --- together never more than the limit, and nearly all of it -------------------------------------------------------
+
+
+async def client(store: RedisStore, draws: Sequence[Draw], who: int, pause: float, until_: float) -> int:
+    """Ask on and on, and come back when told; returns how much was let in."""
+    granted = 0
+    while time.monotonic() < until_:
+        verdict = await reserve(store, draws, who)
+        if isinstance(verdict, Granted):
+            granted += draws[0].amount
+            who += 1000
+            await asyncio.sleep(pause)
+        else:
+            assert verdict.standing is Standing.STORE
+            await asyncio.sleep(min(verdict.wait / SECOND, max(0.0, until_ - time.monotonic())))
+    return granted
+
+
+@pytest.mark.parametrize(("count", "mode"), [(3, Mode.LEASED), (20, Mode.LEASED), (3, Mode.EXACT)])
+async def test_together_they_let_in_the_limit_and_no_unit_more(shared_server: Server, count: int, mode: Mode) -> None:
+    """Some replicas get a hundred times the load of others. Whatever was let in is accounted for to the unit."""
+    shape = rate_shape(400, 1, 100)
+    draws = (Draw("a", shape, 1000),)
+    async with fleet(shared_server, count, mode=mode) as stores:
+        first = await reserve(stores[0], draws, 1)
+        assert isinstance(first, Granted)
+        known = stores[0]._leases["a"].known
+        assert known is not None
+        began = known.at
+        ends = time.monotonic() + 1.5
+        clients = [
+            client(store, draws, who * 17 + at + 2, 0.0005 * (1 + at), ends)
+            for at, store in enumerate(stores)
+            for who in range(max(1, 12 // (at + 1)))
+        ]
+        granted = 1000 + sum(await asyncio.gather(*clients))
+        window = wall() - began
+        allowed = shape.capacity + window * shape.rate // shape.per
+        assert granted <= allowed
+        assert granted >= 0.99 * allowed - 2000, (granted, allowed)
+        await asyncio.gather(*(store.stop() for store in stores))
+        with shared_server.client() as plain:
+            found = plain.get(stores[0]._prefix + "a")
+        assert isinstance(found, bytes)
+        left, at, part = map(int, found.split()[:3])
+        # Since the first call the bucket was never full: what came in is what went out and what is left.
+        whole, rest = divmod((at - began) * shape.rate, shape.per)
+        assert (left, part) == (shape.capacity + whole - granted, rest)
+
+
+async def test_a_minute_limit_of_sixty_serves_twenty_replicas(shared_server: Server) -> None:
+    draws = (Draw("a", rate_shape(60, 60), 1000),)
+    async with fleet(shared_server, 20) as stores:
+
+        async def three(store: RedisStore, at: int) -> int:
+            return sum([isinstance(await reserve(store, draws, at * 10 + n + 1), Granted) for n in range(3)])
+
+        granted = sum(await asyncio.gather(*(three(store, at) for at, store in enumerate(stores))))
+        assert granted >= 58
+        deadline = time.monotonic() + 2
+        while granted < 60 and time.monotonic() < deadline:
+            for store in stores:
+                granted += isinstance(await reserve(store, draws, 0), Granted)
+            await asyncio.sleep(0.05)
+        assert granted >= 60
+
+
+# --- what servers do to their clients -------------------------------------------------------------------------------
+
+
+async def busy(store: RedisStore, tally: list[int], until_: float, chance: random.Random) -> None:
+    """Take, settle part of it, sometimes leave before the answer."""
+    slot = Draw("s", SLOTS, 1000)
+    while time.monotonic() < until_:
+        amount = chance.randint(1, 500) * 10
+        verdict = store.reserve((Draw("a", BUDGET, amount), slot), chance.getrandbits(40) + 1)
+        if isinstance(verdict, asyncio.Future):
+            if chance.random() < 0.2:
+                await asyncio.sleep(0)
+                if verdict.cancel():
+                    continue
+            verdict = await verdict
+        await asyncio.sleep(0.001)
+        if isinstance(verdict, Granted):
+            tally[0] += amount
+            back = amount // 2
+            tally[0] -= back
+            store.settle([Draw("a", BUDGET, back), slot])
+
+
+async def test_connections_killed_over_and_over_lose_and_double_nothing(own_server: Server) -> None:
+    """Answers are lost at any point; at the end every unit and every slot is where it belongs."""
+    chance, tally = random.Random(7), [0]
+    async with fleet(own_server, 3) as stores:
+        ends = time.monotonic() + 1.0
+        workers = [asyncio.create_task(busy(store, tally, ends, chance)) for store in stores for _ in range(6)]
+        kills = 0
+        with own_server.client() as plain:
+            while time.monotonic() < ends:
+                await asyncio.sleep(0.03)
+                kills += sum(
+                    plain.client_kill_filter(_id=one["id"]) for one in plain.client_list() if "eval" in one["cmd"]
+                )
+        await asyncio.gather(*workers)
+        assert kills >= 20
+        assert tally[0] > 100_000
+        await until(lambda: all(store.standing is Standing.STORE for store in stores))
+        await asyncio.gather(*(store.stop() for store in stores))
+        assert await level(own_server, stores[0], BUDGET) == BUDGET.capacity - tally[0]
+        assert await level(own_server, stores[0], SLOTS, "s") == 0
+
+
+async def test_a_frozen_server_holds_nobody_up_and_nothing_is_charged_twice(own_server: Server) -> None:
+    draws = (Draw("a", BUDGET, 1000),)
+    async with fleet(own_server, 2, mode=Mode.EXACT, timeout=0.05) as stores:
+        for store in stores:
+            assert isinstance(await reserve(store, draws, 1), Granted)
+        own_server.freeze()
+        try:
+            began = time.monotonic()
+            verdicts = await asyncio.gather(*(reserve(store, draws, 2) for store in stores))
+            assert time.monotonic() - began < 0.3
+            assert [verdict.standing for verdict in verdicts] == [Standing.DEGRADED] * 2
+            assert all(isinstance(verdict, Granted) for verdict in verdicts)
+            assert isinstance(stores[0].reserve(draws, 3), Granted), "then at once"
+            stores[0].settle(draws)
+        finally:
+            own_server.thaw()
+        await until(lambda: all(store.standing is Standing.STORE for store in stores))
+        await asyncio.gather(*(store.stop() for store in stores))
+        assert await level(own_server, stores[0], BUDGET) == BUDGET.capacity - 4000
+
+
+async def test_each_replica_gives_out_its_part_while_the_server_is_gone(own_server: Server) -> None:
+    """Together no more than the limit once more; a server that comes back empty begins at nothing plus refill."""
+    shape = rate_shape(60, 3600, 40)
+    draws, slot = (Draw("a", shape, 1000),), Draw("s", SLOTS, 1000)
+    async with fleet(own_server, 2, timeout=0.05) as stores:
+        for store in stores:
+            await reserve(store, (Draw("a", shape, 0), slot), 0)
+        own_server.kill()
+        await until(lambda: all(store.standing is Standing.DEGRADED for store in stores))
+        granted = [sum(isinstance(store.reserve(draws, 0), Granted) for _ in range(50)) for store in stores]
+        assert granted == [20, 20]
+        own_server.start()
+        await until(lambda: all(store.standing is Standing.STORE for store in stores))
+        for store in stores:
+            await until(lambda store=store: not store._batch and not store._outbox)
+        (bucket,) = await stores[0].look(draws)
+        assert -40_000 <= bucket.level <= -39_800
+        (slots,) = await stores[0].look([slot])
+        assert slots.level == -2000, "what is in use was said again"
+        for store in stores:
+            store.settle([slot])
+
+
+async def test_an_emptied_server_gives_no_second_burst(own_server: Server) -> None:
+    shape = rate_shape(60, 3600, 40)
+    draws, slot = (Draw("a", shape, 40_000),), (Draw("s", SLOTS, 1000),)
+    async with fleet(own_server, 2) as stores:
+        assert isinstance(await reserve(stores[0], slot, 1), Granted)
+        assert isinstance(await reserve(stores[1], draws, 1), Granted)
+        with own_server.client() as plain:
+            plain.flushall()
+        refused = await reserve(stores[1], draws, 2)
+        assert isinstance(refused, Refused)
+        assert refused.standing is Standing.STORE
+        await stores[0].look(draws)
+        await until(lambda: stores[0]._serving)
+        for _ in range(200):
+            await stores[0].look(slot)
+            (slots,) = await stores[1].look(slot)
+            if slots.level == -1000:
+                break
+            await asyncio.sleep(0.01)
+        assert slots.level == -1000
+        stores[0].settle(slot)
+
+
+@pytest.mark.parametrize(("policy", "let_in"), [(Standing.OPEN, True), (Standing.CLOSED, False)])
+async def test_without_a_server_the_policy_decides_at_once(policy: Standing, let_in: bool) -> None:
+    nowhere = Server()
+    store = a_store(nowhere, "nowhere", when_lost=policy)
+    started = asyncio.create_task(store.start())
+    await asyncio.sleep(0)
+    verdict = store.reserve((Draw("a", rate_shape(1, 60), 1000),), 1)
+    assert isinstance(verdict, Granted if let_in else Refused)
+    assert verdict.standing is policy is store.standing
+    await started
+    await store.stop()
+    nowhere.close()
+
+
+async def test_a_replica_that_dies_frees_its_slots_within_seconds(shared_server: Server) -> None:
+    clock = Clock()
+    slot = Shape(1000, slots=True)
+    draws = (Draw("s", slot, 1000),)
+    namespace = f"fleet{next(names)}"
+    dead, other = (a_store(shared_server, namespace, clock=clock, server_clock=clock) for _ in range(2))
+    await dead.start()
+    await other.start()
+    assert isinstance(await reserve(dead, draws, 1), Granted)
+    await dead._link.close()
+    clock.now += LIFETIME - 1
+    assert isinstance(await reserve(other, draws, 2), Refused)
+    clock.now += 2
+    assert isinstance(await reserve(other, draws, 2), Granted)
+    other.settle(draws)
+    await other.stop()
+    await dead.stop()
