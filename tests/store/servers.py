@@ -12,8 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tests.support.sockets import free_port
 from tests.support.tls import AUTHORITY, LOCALHOST
@@ -104,12 +107,22 @@ class Server:
     def client(self) -> Iterator[redis.Redis]:
         """A plain client, for what a test does to the server behind the store's back."""
         client = redis.Redis(
-            port=self.port, ssl=self.tls, ssl_ca_certs=str(AUTHORITY) if self.tls else None, protocol=2
+            port=self.port,
+            ssl=self.tls,
+            ssl_ca_certs=str(AUTHORITY) if self.tls else None,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
         )
         try:
             yield client
         finally:
             client.close()
+
+    def command(self, *words: str) -> Any:
+        """What the server answers to one command."""
+        with self.client() as client:
+            client_command: Any = client.execute_command
+            return client_command(*words)
 
     def kill(self) -> None:
         """End it as a power cut would."""

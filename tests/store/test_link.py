@@ -1,0 +1,163 @@
+"""The way to the server: every kind of URL, and what servers answer besides answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from gateway.policy.token_bucket import rate_shape
+from gateway.store.link import read_url
+from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
+from gateway.store.redis import Mode, RedisStore
+from tests.store.servers import Server, until
+from tests.support.tls import AUTHORITY
+
+DRAWS = (Draw("a", rate_shape(600, 60), 1000),)
+
+
+def a_store(url: str, timeout: float = 2.0, ca: str | None = None) -> RedisStore:
+    return RedisStore(
+        url=url, replica_id="one", clock=lambda: time.time_ns() // 1000, mode=Mode.EXACT, timeout=timeout, ca=ca
+    )
+
+
+async def reserve(store: RedisStore) -> Verdict:
+    verdict = store.reserve(DRAWS, 1)
+    return verdict if isinstance(verdict, Granted | Refused) else await verdict
+
+
+@contextmanager
+def a_server(*options: str, tls: bool = False, sentinel_of: Server | None = None) -> Iterator[Server]:
+    server = Server(*options, tls=tls, sentinel_of=sentinel_of)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+async def test_every_kind_of_url_is_a_way_in() -> None:
+    """A user with no rights but ours; TLS by a given authority; a socket in the file system; a database."""
+    ours = "~{forebay}* +evalsha +eval +script|load +select +get +set +time +zscore +zremrangebyscore +zadd +pexpire"
+    user = f"user forebay on >pa:ss@w/rd {ours} +zrem +zcount +zrangebyscore +hget +hset +hdel +hgetall"
+    with a_server(tls=True) as encrypted, a_server(user) as guarded:
+        urls = (
+            (encrypted.url, str(AUTHORITY)),
+            (f"{encrypted.url}?ssl_ca_certs={AUTHORITY}", None),
+            (guarded.url.replace("://", "://forebay:pa:ss%40w%2Frd@"), None),
+            (f"unix://forebay:pa%3Ass%40w%2Frd@{guarded.socket}", None),
+            (f"{guarded.url}/3", None),
+        )
+        for url, ca in urls:
+            store = a_store(url, ca=ca)
+            await store.start()
+            verdict = await reserve(store)
+            assert isinstance(verdict, Granted)
+            assert verdict.standing is Standing.STORE, url
+            await store.stop()
+
+
+async def test_a_wrong_password_is_a_standing_and_never_shown(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    with a_server("requirepass right") as server:
+        store = a_store(server.url.replace("://", "://:sesame@"), timeout=0.05)
+        await store.start()
+        assert store.standing is Standing.DEGRADED
+        await store.stop()
+    assert "AuthenticationError" in caplog.text
+    assert "sesame" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://u:sesame@host:1/2", "redis://host:1"),
+        ("redis://:ses%61me@h", "redis://h:6379"),
+        ("rediss://u:sesame@[::1]:7000", "rediss://::1:7000"),
+        ("unix://u:sesame@/run/redis.sock", "unix:///run/redis.sock"),
+        ("redis+sentinel://u:sesame@a:1,b/main/2?sentinel_password=sesame", "redis+sentinel://a:1,b:26379/main"),
+        ("redis+cluster://a:1,b:2", "redis+cluster://a:1,b:2"),
+    ],
+)
+def test_what_is_shown_of_a_url_has_no_password(url: str, shown: str) -> None:
+    target = read_url(url)
+    assert str(target) == repr(target) == shown
+    assert target.password in {None, "sesame"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://u:sesame@host",
+        "redis://u:sesame@host:port",
+        "redis://host:sesame",
+        "sesame",
+        "redis+sentinel://u:sesame@a:1",
+        "redis://u:sesame@host/db",
+    ],
+)
+def test_an_error_about_a_url_repeats_nothing_of_it(url: str) -> None:
+    with pytest.raises(ValueError, match="URL") as raised:
+        read_url(url)
+    assert "sesame" not in str(raised.value)
+    assert raised.value.__cause__ is None
+
+
+async def test_scripts_the_server_forgot_are_sent_again(own_server: Server) -> None:
+    store = a_store(own_server.url)
+    await store.start()
+    with own_server.client() as plain:
+        plain.script_flush()
+        accepted = plain.info("stats")["total_connections_received"]
+        verdicts = await asyncio.gather(*(reserve(store) for _ in range(5)))
+        assert all(isinstance(verdict, Granted) for verdict in verdicts)
+        assert plain.info("stats")["total_connections_received"] == accepted
+    (bucket,) = await store.look(DRAWS)
+    assert 595_000 <= bucket.level < 596_000
+    await store.stop()
+
+
+async def test_a_server_that_may_not_write_is_lost_until_it_may(own_server: Server) -> None:
+    """As after a failover, when the old master has become a replica."""
+    store = a_store(own_server.url, timeout=0.05)
+    await store.start()
+    own_server.command("REPLICAOF", "127.0.0.1", "1")
+    verdict = await reserve(store)
+    assert isinstance(verdict, Granted)
+    assert verdict.standing is Standing.DEGRADED
+    own_server.command("REPLICAOF", "NO", "ONE")
+    await until(lambda: store.standing is Standing.STORE)
+    await store.stop()
+
+
+async def test_a_sentinel_names_the_master_before_and_after_a_failover() -> None:
+    with ExitStack() as stack:
+        old, new = (stack.enter_context(a_server()) for _ in range(2))
+        new.command("REPLICAOF", "127.0.0.1", str(old.port))
+        await until(lambda: b"'master_link_status': 'up'" in _info(new))
+        options = [
+            f"sentinel monitor main 127.0.0.1 {old.port} 1",
+            "sentinel down-after-milliseconds main 200",
+            "sentinel failover-timeout main 2000",
+        ]
+        sentinel = stack.enter_context(a_server(*options, sentinel_of=old))
+        store = a_store(f"redis+sentinel://127.0.0.1:{sentinel.port}/main", timeout=0.1)
+        await store.start()
+        assert store.standing is Standing.STORE
+        assert isinstance(await reserve(store), Granted)
+        await until(lambda: sentinel.command("SENTINEL", "SLAVES", "main"))
+        old.kill()
+        await until(lambda: store._link._connection is None)
+        assert isinstance(await reserve(store), Granted)
+        await until(lambda: b"'role': 'master'" in _info(new))
+        await until(lambda: store.standing is Standing.STORE)
+        assert store._link._connection.port == new.port
+        await store.stop()
+
+
+def _info(server: Server) -> bytes:
+    return repr(server.command("INFO", "replication")).encode()
