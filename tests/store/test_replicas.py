@@ -253,7 +253,7 @@ async def test_an_emptied_server_gives_no_second_burst(own_server: Server) -> No
 @pytest.mark.parametrize(("policy", "let_in"), [(Standing.OPEN, True), (Standing.CLOSED, False)])
 async def test_without_a_server_the_policy_decides_at_once(policy: Standing, let_in: bool) -> None:
     nowhere = Server()
-    store = a_store(nowhere, "nowhere", when_lost=policy)
+    store = a_store(nowhere, "nowhere", when_lost=policy, timeout=0.05)
     started = asyncio.create_task(store.start())
     await asyncio.sleep(0)
     verdict = store.reserve((Draw("a", rate_shape(1, 60), 1000),), 1)
@@ -281,3 +281,56 @@ async def test_a_replica_that_dies_frees_its_slots_within_seconds(shared_server:
     other.settle(draws)
     await other.stop()
     await dead.stop()
+
+
+# --- cheap ----------------------------------------------------------------------------------------------------------
+
+
+def _calls(server: Server) -> int:
+    with server.client() as plain:
+        return int(plain.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))
+
+
+async def test_a_busy_replica_seldom_asks_and_returns_what_lies_idle(own_server: Server) -> None:
+    shape = rate_shape(10**6, 1)
+    draws = (Draw("a", shape, 1000), Draw("s", SLOTS, 1000))
+    async with fleet(own_server, 2) as stores:
+        before = _calls(own_server)
+        for who in range(2000):
+            assert isinstance(await reserve(stores[0], draws, who + 1), Granted)
+            stores[0].settle(draws[1:])
+        assert _calls(own_server) - before < 200
+        # Without a word from anybody.
+        await until(lambda: not stores[0]._holding and not stores[0]._outbox and not stores[0]._batch)
+        found = await stores[1].look([Draw("a", shape, 0), Draw("s", SLOTS, 0)])
+        assert [bucket.level for bucket in found] == [shape.capacity, 0]
+
+
+async def test_many_at_once_wait_for_one_call_and_then_ask_together(own_server: Server) -> None:
+    """All calls of a turn leave in one write, and each is answered."""
+    draws = (Draw("a", BUDGET, 1000),)
+    async with fleet(own_server, 1) as (store,):
+        verdicts = await asyncio.gather(*(reserve(store, draws, who + 1) for who in range(300)))
+        assert all(isinstance(verdict, Granted) for verdict in verdicts)
+        assert not store._busy
+        assert not store._asks
+    assert await level(own_server, store, BUDGET) == BUDGET.capacity - 300_000
+
+
+async def test_twenty_replicas_come_back_to_a_server_without_a_stampede(own_server: Server) -> None:
+    async with fleet(own_server, 20, timeout=0.05) as stores:
+        own_server.kill()
+        await until(lambda: all(store.standing is Standing.DEGRADED for store in stores))
+        await until(lambda: all(store._link._attempts > 4 for store in stores))
+        own_server.start()
+        came: list[float] = []
+        for _ in range(4000):
+            back = sum(store.standing is Standing.STORE for store in stores)
+            came.extend([time.monotonic()] * (back - len(came)))
+            if back == 20:
+                break
+            await asyncio.sleep(0.002)
+        assert len(came) == 20
+        assert came[-1] - came[0] > 0.05, "not all at once"
+        with own_server.client() as plain:
+            assert plain.info("stats")["total_connections_received"] < 45
