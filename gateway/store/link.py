@@ -208,7 +208,6 @@ class Link:
                 async with asyncio.timeout(OPENING):
                     connection = await self._open()
             except (RedisError, OSError, TimeoutError, ValueError) as error:
-                self._moved = None
                 self._seed += 1
                 _log.debug("no connection to %s: %s", self._target, type(error).__name__)
                 continue
@@ -220,6 +219,9 @@ class Link:
             finally:
                 self._reader.cancel()
                 self._lose()
+            if self._attempts:
+                # It never proved itself; another address may do.
+                self._seed += 1
 
     async def _open(self) -> Any:
         connection: Any = self._make(await self._find())
@@ -255,8 +257,9 @@ class Link:
 
     async def _find(self) -> Address | None:
         target = self._target
-        if self._moved is not None:
-            return self._moved
+        moved, self._moved = self._moved, None
+        if moved is not None:
+            return moved
         if not target.addresses:
             return None
         address = target.addresses[self._seed % len(target.addresses)]

@@ -165,3 +165,19 @@ def _info(server: Server) -> bytes:
     with suppress(redis.ConnectionError):
         return repr(server.command("INFO", "replication")).encode()
     return b""
+
+
+async def test_a_cluster_says_which_node_has_the_buckets() -> None:
+    """The first node asked has none of them."""
+    options = ("cluster-enabled yes", "cluster-require-full-coverage no", "cluster-node-timeout 1000")
+    with a_server(*options) as other, a_server(*options) as holder:
+        holder.command("CLUSTER", "ADDSLOTS", *map(str, range(16384)))
+        other.command("CLUSTER", "MEET", "127.0.0.1", str(holder.port))
+        await until(lambda: all(b"cluster_state:ok" in s.command("CLUSTER", "INFO") for s in (other, holder)))
+        store = a_store(f"redis+cluster://127.0.0.1:{other.port},127.0.0.1:{holder.port}")
+        await store.start()
+        verdict = await reserve(store)
+        assert isinstance(verdict, Granted)
+        assert verdict.standing is Standing.STORE
+        assert store._link._connection.port == holder.port
+        await store.stop()
