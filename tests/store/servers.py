@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,47 @@ class Server:
     def close(self) -> None:
         self.kill()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class Deaf:
+    """A way to a server on which commands arrive; answers do not, while ``deaf``."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._writers: list[asyncio.StreamWriter] = []
+        self._listener: asyncio.Server | None = None
+        self.port = free_port()
+        self.deaf = False
+
+    async def start(self) -> None:
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._server.port)
+        self._writers += [writer, back]
+        await asyncio.gather(self._carry(reader, back), self._carry(there, writer, answers=True))
+
+    async def _carry(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool = False
+    ) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                if not (answers and self.deaf):
+                    writer.write(data)
+        writer.close()
+
+    def cut(self) -> None:
+        """End all connections; those made from now on are as good as any."""
+        self.deaf = False
+        for writer in self._writers:
+            writer.close()
+        self._writers.clear()
+
+    async def close(self) -> None:
+        assert self._listener is not None
+        self._listener.close()
+        self.cut()
+        await self._listener.wait_closed()
 
 
 async def until(condition: object, what: str = "") -> None:
