@@ -149,11 +149,16 @@ class Deaf:
         self._server = server
         self._writers: list[asyncio.StreamWriter] = []
         self._listener: asyncio.Server | None = None
-        self.port = free_port()
+        self._port = free_port()
         self.deaf = False
 
-    async def start(self) -> None:
-        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self._port}"
+
+    async def __aenter__(self) -> Deaf:
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        return self
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", self._server.port)
@@ -176,7 +181,7 @@ class Deaf:
             writer.close()
         self._writers.clear()
 
-    async def close(self) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         assert self._listener is not None
         self._listener.close()
         self.cut()

@@ -188,28 +188,24 @@ async def test_connections_killed_over_and_over_lose_and_double_nothing(own_serv
 async def test_what_was_done_and_not_answered_is_not_done_twice(own_server: Server, mode: Mode) -> None:
     """A call is undone and made again; a batch is known by its number."""
     draws, slot = (Draw("a", BUDGET, 1000), Draw("s", SLOTS, 1000)), Draw("s", SLOTS, 1000)
-    way = Deaf(own_server)
-    await way.start()
-    store = a_store(own_server, "deaf", mode=mode, url=f"redis://127.0.0.1:{way.port}", timeout=5.0)
-    await store.start()
-    assert isinstance(await reserve(store, draws, 1), Granted)
-    way.deaf = True
-    before = _calls(own_server)
-    verdict = store.reserve(draws, 2)
-    assert isinstance(verdict, asyncio.Future)
-    store.settle([Draw("a", BUDGET, 300), slot])
-    await until(lambda: _calls(own_server) == before + 2, "the call and the batch")
-    way.cut()
-    granted = await verdict
-    assert isinstance(granted, Granted)
-    assert granted.standing is Standing.STORE
-    await until(lambda: not store._batch and not store._outbox and not store._holding)
-    assert await level(own_server, store, BUDGET) == BUDGET.capacity - 1700
-    assert await level(own_server, store, SLOTS, "s") == -1000
-    store.settle([slot])
-    await store.stop()
-    assert await level(own_server, store, SLOTS, "s") == 0
-    await way.close()
+    async with Deaf(own_server) as way, fleet(own_server, 1, mode=mode, url=way.url, timeout=5.0) as (store,):
+        assert isinstance(await reserve(store, draws, 1), Granted)
+        way.deaf = True
+        before = _calls(own_server)
+        verdict = store.reserve(draws, 2)
+        assert isinstance(verdict, asyncio.Future)
+        store.settle([Draw("a", BUDGET, 300), slot])
+        await until(lambda: _calls(own_server) == before + 2, "the call and the batch")
+        way.cut()
+        granted = await verdict
+        assert isinstance(granted, Granted)
+        assert granted.standing is Standing.STORE
+        await until(lambda: not store._batch and not store._outbox and not store._holding)
+        assert await level(own_server, store, BUDGET) == BUDGET.capacity - 1700
+        assert await level(own_server, store, SLOTS, "s") == -1000
+        store.settle([slot])
+        await store.stop()
+        assert await level(own_server, store, SLOTS, "s") == 0
 
 
 async def test_a_frozen_server_holds_nobody_up_and_nothing_is_charged_twice(own_server: Server) -> None:
