@@ -10,7 +10,9 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -50,6 +52,7 @@ from gateway.settings import ConfigError, Settings, Upstream, diff, fingerprint,
 from gateway.state.database import StateError
 from gateway.state.ledger import Ledger
 from gateway.store.memory import MemoryStore
+from gateway.store.protocol import Standing, Store, Turn
 
 HOUSEKEEPING = 0.1
 """Seconds between two flushes of the log."""
@@ -92,7 +95,11 @@ class Replica:
         self.pool = Pool(Catalogue(), health_rules(settings))
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="forebay")
         self.authenticator = Authenticator({})
-        self.limiter = Limiter(MemoryStore(wall), declared(settings.limits), self.metrics, wall)
+        self.limits_place = ""
+        """Where limits are kept together with other replicas; empty: they are this one's alone."""
+        self._limits_lost = False
+        store = self._open_store(settings, wall)
+        self.limiter = Limiter(store, declared(settings.limits), self.metrics, wall)
         self.keyring = Keyring(settings, self.authenticator, self.log, clock, self.limiter.configure)
         self.edge = Edge(
             self.authenticator,
@@ -119,6 +126,48 @@ class Replica:
         self._tasks: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
+
+    def _open_store(self, settings: Settings, wall: Callable[[], int]) -> Store:
+        store = settings.limits.store
+        server = store.server()
+        if server is None:
+            return MemoryStore(wall)
+        # Not for everybody to wait for: the client's library takes longer than the rest of a small gateway.
+        from gateway.store.redis import Mode, RedisStore
+
+        url, target = server
+        self.limits_place = str(target)
+        return RedisStore(
+            url=url,
+            replica_id=f"{socket.gethostname()}-{os.getpid()}",
+            clock=wall,
+            mode=Mode(store.mode),
+            when_lost=Standing(store.when_lost),
+            timeout=store.timeout,
+            namespace=store.namespace,
+            ca=str(store.ca_file) if store.ca_file else None,
+            replicas=store.replicas,
+            heard=self._store_turned,
+        )
+
+    def _store_turned(self, turn: Turn) -> None:
+        """Tell what happens to the store of limits, each loss once."""
+        if turn is Turn.EMPTIED:
+            self.log.say("warning", "limits_emptied", store=self.limits_place, why="the server has forgotten them all")
+        elif turn is Turn.FOUND and self._limits_lost:
+            self._limits_lost = False
+            self.log.say("info", "limits_found", store=self.limits_place)
+        elif turn is Turn.LOST and not self._limits_lost:
+            self._limits_lost = True
+            self.metrics.limits_lost += 1
+            store = self.limiter.store
+            self.log.say(
+                "error",
+                "limits_lost",
+                store=self.limits_place,
+                when_lost=store.standing,
+                why=store.trouble or f"no answer within {self.settings.limits.store.timeout * 1000:.0f} ms",
+            )
 
     def _open_books(self, settings: Settings, clock: Callable[[], float]) -> Bookkeeper | None:
         state = settings.state
@@ -149,7 +198,9 @@ class Replica:
         # Bound before anything that takes time: an address in use is told at once.
         self._make_listeners()
         await self.keyring.start()
-        await self.edge.limiter.store.start()
+        await self.limiter.store.start()
+        if self.limiter.standing is not Standing.STORE:
+            self._store_turned(Turn.LOST)
         plan = self.finder.plan(settings.upstreams, settings.discovery.dns_interval)
         self._named = endpoint_specs(settings)
         added, _ = self.pool.configure(self._named, int(time.time()))
@@ -343,7 +394,8 @@ class Replica:
             # A client that takes nothing is told last, after the ledger has closed: its request ends here.
             self.edge.client_gone(request)
         self.pool.close()
-        await self.edge.limiter.store.stop()
+        # After the last request has settled: what it gives back is carried on.
+        await self.limiter.store.stop()
         await self.keyring.stop()
         # Last, when no request can end any more.
         if self.books is not None:

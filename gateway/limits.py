@@ -8,6 +8,7 @@ own keeps the requests it inherits. `none` says that nothing is inherited.
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,11 +16,12 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
 from gateway.policy.limits import FREE, UNIT, Counts, Limit, Rates
 from gateway.policy.token_bucket import LARGEST, SECOND, Shape, rate_shape
-from gateway.values import Count, ModelPattern, Name, PositiveDuration, Section
+from gateway.redis_url import Target, read_url
+from gateway.values import ConfigError, Count, ModelPattern, Name, PositiveDuration, Section, UserPath, read_secret
 
 _NAMES = {1: ("s", "sec", "second"), 60: ("m", "min", "minute"), 3600: ("h", "hour"), 86_400: ("d", "day")}
 _PERIODS = {name: seconds for seconds, names in _NAMES.items() for name in names}
@@ -27,6 +29,9 @@ _SAID = {1: ("sec", "S"), 60: ("min", "M"), 3600: ("hour", "H"), 86_400: ("day",
 _RATE = re.compile(r"^(\d[\d_]*)([kKMG]?) ?/ ?([a-z]+)$", re.ASCII)
 _SCALES = {"": 1, "k": 1000, "K": 1000, "M": 10**6, "G": 10**9}
 _MOST = LARGEST // UNIT
+SHORTEST_TIMEOUT = 0.005
+LONGEST_TIMEOUT = 5.0
+"""Seconds a store of limits may be given to answer."""
 
 
 # --- declarations ------------------------------------------------------------------------------------------------
@@ -203,9 +208,96 @@ class Defaults(Section):
     """Each client address, of requests without a key (`auth: none`)."""
 
 
+def _redis_url(value: SecretStr) -> SecretStr:
+    read_url(value.get_secret_value())
+    return value
+
+
+def _answers_in(value: float) -> float:
+    if not SHORTEST_TIMEOUT <= value <= LONGEST_TIMEOUT:
+        raise ValueError(f"should be at least {SHORTEST_TIMEOUT * 1000:.0f}ms and at most {LONGEST_TIMEOUT:.0f}s")
+    return value
+
+
+def _namespace(value: str) -> str:
+    if not re.fullmatch(r"[\w.:-]{1,100}", value, re.ASCII):
+        raise ValueError("should be 1 to 100 letters, digits or one of _ . : -")
+    return value
+
+
+class LimitStore(Section):
+    """Where replicas keep what is used of limits together: a Redis server. Its URL comes from at most one of url,
+    url_file and url_env; without any, each gateway keeps it in its own memory."""
+
+    url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = None
+    """redis://user:password@host:port/database, rediss:// (TLS), unix:///path/to/socket,
+    redis+sentinel://host:port,host:port/service or redis+cluster://host:port,host:port."""
+    url_file: UserPath | None = None
+    """A file holding the URL, such as a mounted secret."""
+    url_env: str | None = None
+    """An environment variable holding the URL."""
+    mode: Literal["leased", "exact"] = "leased"
+    """`leased`: a replica takes a little ahead and lets most requests in by itself. `exact`: the server is asked about
+    every request, which costs a round trip."""
+    when_lost: Literal["degraded", "open", "closed"] = "degraded"
+    """While the server cannot be reached: `degraded`, each replica gives out its share of every limit; `open`, all
+    requests are let in; `closed`, no request that is limited is."""
+    timeout: Annotated[PositiveDuration, AfterValidator(_answers_in)] = 0.05
+    """How long a request waits for the server's answer; then the server counts as lost."""
+    namespace: Annotated[str, AfterValidator(_namespace)] = "forebay"
+    """What the names of all its keys begin with; gateways that share limits have the same."""
+    ca_file: UserPath | None = None
+    """Certificates to trust for rediss:// instead of the system's."""
+    replicas: Count = 1
+    """How many gateways share the limits: what a share is until the server has told how many there are."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> LimitStore:
+        given = [name for name in ("url", "url_file", "url_env") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"should have at most one of {', '.join(given)}")
+        if not given and self.replicas > 1:
+            raise ValueError(
+                f"{self.replicas} replicas need a Redis server to share limits: without one each of them allows the"
+                " whole of every limit; write its url, or take replicas out"
+            )
+        return self
+
+    def server(self) -> tuple[str, Target] | None:
+        """The URL, read from wherever it is kept, and what it says; None: there is no server. ConfigError when it
+        cannot be read."""
+        if self.url is None and self.url_file is None and self.url_env is None:
+            return None
+        url = (
+            self.url.get_secret_value()
+            if self.url is not None
+            else read_secret("limits.store", None, self.url_file, self.url_env)
+        )
+        try:
+            target = read_url(url, str(self.ca_file) if self.ca_file else None)
+        except ValueError as error:
+            raise ConfigError([f"limits.store: {error}"]) from None
+        if target.ca is not None:
+            _check_authority(target)
+        return url, target
+
+
+def _check_authority(target: Target) -> None:
+    if target.scheme != "rediss":
+        raise ConfigError(["limits.store.ca_file: is for rediss:// URLs only; take it out or change the URL"])
+    try:
+        ssl.create_default_context(cafile=target.ca)
+    except OSError as error:
+        # What ssl finds wrong in a file of certificates is an OSError too.
+        reason = error.strerror or type(error).__name__
+        raise ConfigError([f"limits.store.ca_file: {target.ca} cannot be read ({reason})"]) from None
+
+
 class Limits(Section):
     """What whom may use how much of."""
 
+    store: LimitStore = LimitStore()
+    """Where replicas keep it together."""
     defaults: Defaults = Defaults()
     """What applies where nothing nearer says otherwise."""
     organisations: dict[Name, OrganisationLimits] = {}

@@ -91,6 +91,8 @@ class Metrics:
         self.client_retries = 0
         self.early_retries = 0
         self._limited: dict[tuple[str, str], int] = {}
+        self.limits_lost = 0
+        self._standing: tuple[str, tuple[str, ...]] = ("", ())
         self._usage_stored = 0
         self._usage_lost: dict[str, int] = {}
         self._usage_waiting = (0, 0.0, 0)
@@ -158,6 +160,10 @@ class Metrics:
         """Count a request that a limit refused: whose it is and what it counts, both of closed sets."""
         self._limited[scope, counts] = self._limited.get((scope, counts), 0) + 1
 
+    def limits_standing(self, standing: str, of: tuple[str, ...]) -> None:
+        """Note by whose word requests are let in, ``of`` all there are."""
+        self._standing = (standing, of)
+
     def mean_duration(self) -> float:
         """Return the mean seconds a request took, of all so far; 1 before the first."""
         durations = [series.duration for series in self._models.values()]
@@ -224,7 +230,15 @@ class Metrics:
             refused.add_metric([scope, counts], count)
         early = CounterMetricFamily("forebay_early_retries", "Requests sent again before the time they were told")
         early.add_metric([], self.early_retries)
-        yield from (refused, early)
+        stands = GaugeMetricFamily(
+            "forebay_limits_standing", "By whose word requests are let in: 1 for one of them", labels=["standing"]
+        )
+        now, of = self._standing
+        for standing in of:
+            stands.add_metric([standing], float(standing == now))
+        lost = CounterMetricFamily("forebay_limits_lost", "Times the store of limits did not answer any more")
+        lost.add_metric([], self.limits_lost)
+        yield from (refused, early, stands, lost)
 
     def _collect_requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(

@@ -626,6 +626,10 @@ def _key_problems(settings: Settings) -> Iterator[str]:
             upstream.minder_token()
         except ConfigError as error:
             yield from (f"upstreams[{index}]: {problem}" for problem in error.problems)
+    try:
+        settings.limits.store.server()
+    except ConfigError as error:
+        yield from error.problems
 
 
 def warnings_about(settings: Settings) -> list[str]:
@@ -896,5 +900,8 @@ def fingerprint(settings: Settings) -> str:
     """SHA-256 (hex) over everything configured, secrets included: replicas that differ notice, nobody learns them."""
     secrets = [key.digest().hex() for key in settings.keys]
     secrets += [hashlib.sha256((u.credential() or "").encode()).hexdigest() for u in settings.upstreams]
+    store = settings.limits.store.server()
+    if store is not None:
+        secrets.append(hashlib.sha256(store[0].encode()).hexdigest())
     canonical = json.dumps([settings.model_dump(mode="json"), secrets], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

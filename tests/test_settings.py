@@ -205,6 +205,10 @@ def test_the_example_with_everything_switched_on_is_valid_and_complete() -> None
     named = re.compile(r"^(limits\.(?:tenants|organisations|models|pools))\.[^.]+(\.|$)")
     shown = {named.sub(r"\1\2", path) for path in shown}
     declared = set(_paths_of_model(Settings))
+    # Of places for a secret outside of lists only one can be switched on; the others are named beside it.
+    elsewhere = {path for path in declared if path.endswith(("url_file", "url_env"))}
+    assert all(f"{path.rpartition('.')[2]}: " in EXAMPLE.read_text() for path in elsewhere)
+    declared -= elsewhere
     alike = {path.rpartition(".")[0] + "." for path in declared if path.endswith(".tokens_in_flight")}
     alike.remove("limits.defaults.key.")
     assert {p for p in shown if not p.startswith((*alike,))} == {p for p in declared if not p.startswith((*alike,))}
@@ -510,6 +514,7 @@ def test_no_secret_in_repr_or_in_an_error() -> None:
         "keys": [{"name": "a", "key": SECRET}],
         "upstreams": [{"url": "http://a", "api_key": SECRET}],
         "state": {"url": f"postgresql://u:{SECRET}@h/d"},
+        "limits": {"store": {"url": f"redis://u:{SECRET}@h"}},
         "engines": [{"name": "e", "environment": {"HF_TOKEN": SECRET}}],
     }
     settings = load(None, tree)
@@ -518,11 +523,12 @@ def test_no_secret_in_repr_or_in_an_error() -> None:
         "keys": [{"name": "a", "key": [SECRET]}, {"name": SECRET + "\n", "key": SECRET, "sha256": SECRET}],
         "upstreams": [{"url": f"http://{SECRET}:x@h", "api_key": {"a": SECRET}}],
         "state": {"url": [SECRET], "key_cache": SECRET},
+        "limits": {"store": {"url": f"redis://{SECRET}@h:{SECRET}", "namespace": "{}" + SECRET, "mode": SECRET}},
         "auth": SECRET,
         "listen": SECRET,
     }
     said = problems_of(wrong)
-    assert len(said) >= 8
+    assert len(said) >= 11
     assert SECRET not in "\n".join(said)
     with pytest.raises(ValidationError) as caught:
         Settings.model_validate(wrong)
@@ -575,13 +581,15 @@ def test_differences_tell_what_needs_a_restart(tmp_path: Path) -> None:
             "data_dir": str(tmp_path),
             "engines": [{"name": "e"}],
             "upstreams": [{"url": "http://a"}],
+            "limits": {"store": {"url": "redis://a", "mode": "exact"}, "assumed_output": 5},
             "bounds": {"body": "1MB"},
         },
     )
     changes = diff(old, new)
-    assert changes.live == ["upstreams", "bounds.body", "log.level"]
+    assert changes.live == ["upstreams", "limits.assumed_output", "bounds.body", "log.level"]
     assert changes.needs_restart == [
-        "listen.port", "admin.enabled", "engines", "log.file", "state.key_cache", "data_dir"
+        "listen.port", "admin.enabled", "engines", "limits.store.url", "limits.store.mode", "log.file",
+        "state.key_cache", "data_dir",
     ]  # fmt: skip
     assert changes
     assert not diff(old, load(None))
@@ -601,7 +609,57 @@ def test_the_fingerprint_sees_secrets_and_shows_none(tmp_path: Path) -> None:
         fingerprint(load(None, {"upstreams": [{**upstream, **more}]}))
         for more in ({}, {"api_key": "a"}, {"api_key": "b"})
     }
-    assert len(prints) == 3
+    prints |= {fingerprint(load(None, {"limits": {"store": {"url": f"redis://:{word}@h"}}})) for word in "ab"}
+    assert len(prints) == 5
+
+
+# --- where limits are kept ---------------------------------------------------------------------------------------
+
+
+def test_the_url_of_the_store_of_limits_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(None).limits.store.server() is None
+    url = f"redis+sentinel://u:{SECRET}@a,b/main"
+    (tmp_path / "url").write_text(url + "\n")
+    monkeypatch.setenv("THE_URL", url)
+    for place in ({"url": url}, {"url_file": str(tmp_path / "url")}, {"url_env": "THE_URL"}):
+        found = load(None, {"limits": {"store": place}}).limits.store.server()
+        assert found is not None
+        assert (found[0], str(found[1])) == (url, "redis+sentinel://a:26379,b:26379/main")
+    monkeypatch.setenv("FOREBAY_LIMITS__STORE__URL", url)
+    monkeypatch.setenv("FOREBAY_LIMITS__STORE__WHEN_LOST", "closed")
+    store = load(None).limits.store
+    assert (store.when_lost, store.server()) == ("closed", found)
+
+
+@pytest.mark.parametrize(
+    ("store", "said"),
+    [
+        ({"url": f"http://u:{SECRET}@h"}, "limits.store.url: not the URL of a Redis server (redis://, rediss://, unix"),
+        ({"url": f"redis://h:{SECRET}"}, "limits.store.url: the URL of a Redis server has no valid host and port"),
+        ({"url_env": "BAD_URL"}, "limits.store: the URL of a Redis server has something else than a number for its"),
+        ({"url_env": "NOT_SET"}, "limits.store: environment variable NOT_SET is empty or not set"),
+        ({"url_file": "/nowhere"}, "limits.store: file /nowhere cannot be read (No such file or directory)"),
+        ({"url": "redis://h", "url_env": "A"}, "limits.store: should have at most one of url, url_env"),
+        ({"replicas": 3}, "limits.store: 3 replicas need a Redis server to share limits: without one each of them"),
+        ({"url": "redis://h", "ca_file": "/a"}, "limits.store.ca_file: is for rediss:// URLs only; take it out or"),
+        ({"url": "rediss://h", "ca_file": "/nowhere"}, "limits.store.ca_file: /nowhere cannot be read (No such file"),
+        ({"url": f"rediss://h?ssl_ca_certs={EXAMPLE}"}, f"limits.store.ca_file: {EXAMPLE} cannot be read ("),
+        ({"timeout": "1ms"}, "limits.store.timeout: should be at least 5ms and at most 5s"),
+        ({"namespace": "{a}"}, "limits.store.namespace: should be 1 to 100 letters, digits or one of _ . : -"),
+        ({"when_lost": "store"}, "limits.store.when_lost: should be 'degraded', 'open' or 'closed'"),
+        ({"uri": "redis://h"}, "limits.store.uri: unknown key; did you mean limits.store.url?"),
+    ],
+)
+def test_a_store_of_limits_that_cannot_work_is_refused(
+    store: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAD_URL", f"redis://h/{SECRET}")
+    (problem,) = problems_of({"limits": {"store": store}})
+    assert problem.startswith(said)
+    assert SECRET not in problem
+
+
+# --- engines of this machine -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from gateway.serving.minded import Minders
 from gateway.serving.pool import Endpoint
 from gateway.settings import explain_details, section_of
 from gateway.state.keys import KeyRecord
+from gateway.store.protocol import Standing
 
 TITLE = "Forebay"
 SUMMARY = "An OpenAI-compatible gateway in front of inference engines"
@@ -52,12 +53,19 @@ async def live() -> dict[str, str]:
 
 @_HEALTH.get("/health/ready", summary="Requests can be served")
 async def ready(request: Request) -> JSONResponse:
-    """Say whether a request could be served now, and how each engine is."""
+    """Say whether a request could be served now, by whose word limits are kept, and how each engine is."""
     edge = _edge(request)
-    is_ready = edge.pool.ready and not edge.closing
-    status = "shutting down" if edge.closing else "ok" if is_ready else "no healthy engine"
+    standing = edge.limiter.standing
+    if edge.closing:
+        status = "shutting down"
+    elif not edge.pool.ready:
+        status = "no healthy engine"
+    else:
+        # Nobody who is limited would be let in here; another replica may reach the store.
+        status = "limits cannot be checked" if standing is Standing.CLOSED else "ok"
     endpoints = [_describe_endpoint(endpoint) for endpoint in edge.pool.endpoints]
-    return JSONResponse({"status": status, "endpoints": endpoints}, 200 if is_ready else 503)
+    told = {"status": status, "limits": standing, "endpoints": endpoints}
+    return JSONResponse(told, 200 if status == "ok" else 503)
 
 
 @_MODELS.get("/v1/models", summary="List the models this key may use")
@@ -94,6 +102,7 @@ async def metrics(request: Request) -> Response:
     books = request.app.state.books
     if books is not None:
         books.measure()
+    edge.metrics.limits_standing(edge.limiter.standing, tuple(Standing))
     text = await asyncio.get_running_loop().run_in_executor(None, edge.metrics.render)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 

@@ -12,18 +12,16 @@ import asyncio
 import contextlib
 import logging
 import random
-import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
-import msgspec
 from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import MovedError, NoScriptError, RedisError
 
+from gateway.redis_url import Address, Target
 from gateway.store.scripts import ALL, Script, Told, pack, parse
 
 _log = logging.getLogger(__name__)
@@ -33,69 +31,7 @@ LONGEST_WAIT = 1.0
 """Seconds between attempts to connect, at the most."""
 OPENING = 1.0
 """Seconds for a connection to be made, the login and the scripts with it."""
-SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster")
-_FORM = re.compile(r"(?P<scheme>[a-z+]+)://(?:(?P<login>.*)@)?(?P<place>[^@/?]*)(?P<path>/[^@?]*)?(?:\?(?P<query>.*))?")
-
-Address = tuple[str, int]
 Done = Callable[[Told | None], None]
-
-
-class Target(msgspec.Struct, frozen=True):
-    """Where the server is and how to log in; without the passwords it may be shown (``str``)."""
-
-    scheme: str
-    addresses: tuple[Address, ...]
-    path: str = ""
-    service: str = ""
-    database: int = 0
-    username: str | None = None
-    password: str | None = None
-    sentinel_password: str | None = None
-    ca: str | None = None
-
-    def __str__(self) -> str:
-        places = ",".join(f"{host}:{port}" for host, port in self.addresses)
-        return f"{self.scheme}://{self.path or places}{f'/{self.service}' if self.service else ''}"
-
-    __repr__ = __str__
-
-
-def read_url(url: str, ca: str | None = None) -> Target:
-    """Return what a URL says. A ``ValueError`` repeats nothing of it, for there may be a password anywhere."""
-    found = _FORM.fullmatch(url)
-    if found is None or found["scheme"] not in SCHEMES:
-        raise ValueError(f"not the URL of a Redis server ({', '.join(f'{scheme}://' for scheme in SCHEMES)})")
-    scheme, path = found["scheme"], unquote(found["path"] or "")
-    options = {name: values[-1] for name, values in parse_qs(found["query"] or "").items()}
-    username, _, password = (found["login"] or "").partition(":")
-    service = ""
-    if scheme == "redis+sentinel":
-        service, _, path = path.strip("/").partition("/")
-        if not service:
-            raise ValueError("the URL of a Sentinel names no service: redis+sentinel://host:port,host:port/service")
-    database = path.strip("/") if scheme != "unix" else options.get("db", "")
-    if database and not database.isdigit():
-        raise ValueError("the URL of a Redis server has something else than a number for its database")
-    try:
-        addresses = tuple(_address(part, scheme) for part in found["place"].split(",")) if scheme != "unix" else ()
-    except ValueError:
-        raise ValueError("the URL of a Redis server has no valid host and port") from None
-    return Target(
-        scheme=scheme,
-        addresses=addresses,
-        path=path if scheme == "unix" else "",
-        service=service,
-        database=int(database or 0),
-        username=unquote(username) or None,
-        password=unquote(password) or None,
-        sentinel_password=options.get("sentinel_password"),
-        ca=ca or options.get("ssl_ca_certs"),
-    )
-
-
-def _address(place: str, scheme: str) -> Address:
-    parts = urlsplit(f"//{place}")
-    return parts.hostname or "localhost", parts.port or (26379 if scheme == "redis+sentinel" else 6379)
 
 
 class _Call:
@@ -130,6 +66,8 @@ class Link:
         self._task: asyncio.Task[None] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._attempts = 0
+        self.trouble = ""
+        """What was wrong with the last connection; without passwords."""
         self._moved: Address | None = None
         self._seed = 0
 
@@ -165,6 +103,7 @@ class Link:
     def healthy(self) -> None:
         """What came up has proved itself: the next loss is a first one."""
         self._attempts = 0
+        self.trouble = ""
 
     def drop(self) -> None:
         """Give the connection up, and make it anew."""
@@ -209,7 +148,8 @@ class Link:
                     connection = await self._open()
             except (RedisError, OSError, TimeoutError, ValueError) as error:
                 self._seed += 1
-                _log.debug("no connection to %s: %s", self._target, type(error).__name__)
+                self.trouble = type(error).__name__
+                _log.debug("no connection to %s: %s", self._target, self.trouble)
                 continue
             self._connection = connection
             self._reader = asyncio.create_task(self._read(connection))
@@ -251,7 +191,8 @@ class Link:
                 self._moved = (moved.host, moved.port)
                 return
             except (RedisError, OSError) as error:
-                _log.debug("the connection to %s ended: %s", self._target, type(error).__name__)
+                self.trouble = type(error).__name__
+                _log.debug("the connection to %s ended: %s", self._target, self.trouble)
                 return
             flight.popleft().done(parse(answer))
 

@@ -19,6 +19,7 @@ class MemoryStore:
     """Every bucket of one replica. ``clock`` returns microseconds since 1970."""
 
     standing = Standing.STORE
+    trouble = ""
 
     def __init__(self, clock: Callable[[], int], most: int = MOST_BUCKETS) -> None:
         self._clock = clock

@@ -29,6 +29,16 @@ class Standing(enum.StrEnum):
     """The store is lost; nobody is."""
 
 
+class Turn(enum.StrEnum):
+    """What happens to a store that is shared."""
+
+    LOST = "lost"
+    """It does not answer; the policy decides from here on."""
+    FOUND = "found"
+    EMPTIED = "emptied"
+    """It answers, and has forgotten everything."""
+
+
 class Draw(msgspec.Struct, frozen=True, gc=False):
     """What a request takes from one bucket, or gives back to it: ``amount`` in 1/1000."""
 
@@ -64,6 +74,11 @@ class Store(Protocol):
     @property
     def standing(self) -> Standing:
         """By whose word it answers now."""
+        ...
+
+    @property
+    def trouble(self) -> str:
+        """What keeps it from what is behind it, as far as it knows; never a password."""
         ...
 
     def reserve(self, draws: Sequence[Draw], who: int, *, first: bool = False) -> Verdict | asyncio.Future[Verdict]:

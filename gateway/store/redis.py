@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import logging
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,12 +20,11 @@ from itertools import islice
 
 from gateway.policy.reservation import Need, Short, take
 from gateway.policy.token_bucket import SECOND, Bucket, Shape
+from gateway.redis_url import read_url
 from gateway.store.lease import Lease, Share
-from gateway.store.link import Link, read_url
-from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
+from gateway.store.link import Link
+from gateway.store.protocol import Draw, Granted, Refused, Standing, Turn, Verdict
 from gateway.store.scripts import BEAT, GIVE, LOOK, TAKE, UNDO, Script, Told, need_words
-
-_log = logging.getLogger(__name__)
 
 BEAT_EVERY = 1.0
 LIFETIME = 3 * SECOND
@@ -81,7 +79,8 @@ class _Taking:
 
 class RedisStore:
     """The store of one replica. ``clock`` returns microseconds since 1970, only to reckon between two answers;
-    ``server_clock`` stands in for the server's in tests. ``replicas`` are assumed until the store has told."""
+    ``server_clock`` stands in for the server's in tests. ``replicas`` are assumed until the store has told. ``heard``
+    is told when it is lost, found (at the start, too) or emptied."""
 
     def __init__(
         self,
@@ -95,6 +94,7 @@ class RedisStore:
         namespace: str = "forebay",
         ca: str | None = None,
         replicas: int = 1,
+        heard: Callable[[Turn], None] = lambda turn: None,
         server_clock: Callable[[], int] | None = None,
         chance: random.Random | None = None,
     ) -> None:
@@ -103,6 +103,7 @@ class RedisStore:
         self._leased = mode is Mode.LEASED
         self._when_lost = when_lost
         self._timeout = timeout
+        self._heard = heard
         self._chance = chance or random.Random()  # noqa: S311
         # A life of its own: what a former one with the same name held is not this one's.
         self._name = f"{replica_id}-{clock():x}-{self._chance.getrandbits(32):x}"
@@ -139,6 +140,11 @@ class RedisStore:
     def standing(self) -> Standing:
         """By whose word it answers now."""
         return self._when_lost if self._lost else Standing.STORE
+
+    @property
+    def trouble(self) -> str:
+        """Why there is no connection, empty where there is one; without passwords."""
+        return self._link.trouble
 
     # --- reserving --------------------------------------------------------------------------------------------------
 
@@ -425,12 +431,13 @@ class RedisStore:
             if charge:
                 self._post(name, self._leases[name].shape, -charge)
         self._shares.clear()
-        if self._lost and self._healed.is_set():
-            _log.info("limits are kept by the store again")
+        found = self._lost
         self._cancel("lost")
         self._lost, self._serving = False, True
         self._link.healthy()
         self._healed.set()
+        if found:
+            self._heard(Turn.FOUND)
         parked, self._parked = self._parked, []
         for ask in parked:
             if not ask.future.done():
@@ -453,7 +460,7 @@ class RedisStore:
         if self._lost or self._serving:
             return
         self._lost = True
-        _log.warning("the store of limits does not answer: %s", self._when_lost.value)
+        self._heard(Turn.LOST)
         self._parked.clear()
         now = self._now()
         for ask in list(self._asks):
@@ -565,7 +572,7 @@ class RedisStore:
         self._ahead = told.now - self._clock()
         self._live = told.live
         if self._serving and told.generation != self._generation:
-            _log.warning("the store of limits was emptied")
+            self._heard(Turn.EMPTIED)
             self._generation = told.generation
             self._link.drop()
 

@@ -118,7 +118,11 @@ async def test_readiness_follows_the_engines(start_gateway: StartGateway, upstre
 async def test_without_any_engine_it_is_alive_and_not_ready(start_gateway: StartGateway) -> None:
     gateway = await start_gateway()
     assert (await gateway.get("/health/live")).status == 200
-    assert (await gateway.get("/health/ready")).json() == {"status": "no healthy engine", "endpoints": []}
+    assert (await gateway.get("/health/ready")).json() == {
+        "status": "no healthy engine",
+        "limits": "store",
+        "endpoints": [],
+    }
     assert (await gateway.ask(chat())).status == 404
 
 

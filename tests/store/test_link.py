@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from gateway.policy.token_bucket import rate_shape
-from gateway.store.link import read_url
+from gateway.redis_url import read_url
 from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
 from gateway.store.redis import Mode, RedisStore
 from tests.store.servers import Server, until
