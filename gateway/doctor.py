@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import platform
+import random
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from engines.devices import Device, detect
 from engines.environments import RECIPES, find_environment, find_uv, problems
 from engines.registry import ENGINES
 from gateway.local import StartError, check_ports
+from gateway.redis_url import Target
 from gateway.settings import ConfigError, Settings, Upstream, load
 from gateway.state.database import StateError, describe, open_database, translated
 
@@ -53,6 +56,9 @@ def examine(config: Path | None) -> Iterator[Finding]:
     yield Finding("configuration", State.GOOD, f"{config} is valid" if config else "none, the defaults hold")
     yield _ports(settings)
     yield _database(settings)
+    server = settings.limits.store.server()
+    if server is not None:
+        yield asyncio.run(_limits_store(server[1]))
     for upstream in settings.upstreams:
         yield _upstream(upstream)
     yield _installer(settings)
@@ -79,6 +85,24 @@ def _database(settings: Settings) -> Finding:
             return Finding("state", State.GOOD, place)
     except StateError as error:
         return Finding("state", State.BAD, str(error))
+
+
+async def _limits_store(target: Target) -> Finding:
+    """Whether the server that limits are shared through lets a gateway in and takes its scripts."""
+    # The client's library takes a while to read, and most configurations have no such server.
+    from gateway.store.link import Link
+
+    up = asyncio.Event()
+    link = Link(target, up.set, up.clear, random.Random())  # noqa: S311
+    link.start()
+    try:
+        await asyncio.wait_for(up.wait(), PROBE_TIMEOUT)
+    except TimeoutError:
+        trouble = f"{target} cannot be used ({link.trouble or 'no answer'})"
+        return Finding("limits.store", State.BAD, trouble, "redis-cli -u URL ping, as the gateway's user")
+    finally:
+        await link.close()
+    return Finding("limits.store", State.GOOD, str(target))
 
 
 def _upstream(upstream: Upstream) -> Finding:

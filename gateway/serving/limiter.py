@@ -292,7 +292,8 @@ class Limiter:
         limit = plan.limits[refused.index]
         if refused.early:
             self._metrics.early_retries += 1
-        self._metrics.limited(limit.scope, limit.counts.name.lower())
+        if refused.standing is not Standing.CLOSED:
+            self._metrics.limited(limit.scope, limit.counts.name.lower())
         headers = rate_headers(plan.about, plan.shapes, refused.buckets, refused.standing)
         hold_time = self._expected_slot(limit, refused.buckets[refused.index])
         return refusal(limit, refused, draws[refused.index].amount, facts.model, hold_time, headers)

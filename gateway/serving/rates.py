@@ -74,21 +74,39 @@ def rate_headers(
     return headers
 
 
+_AWAY = Refusal(
+    Kind.LIMITS_AWAY,
+    "The gateway cannot reach the store in which it keeps limits, and lets nobody in unchecked. This is a fault of the"
+    " gateway, none of the request's and no limit of yours. Send it again in a moment; if that does not help, tell"
+    " whoever runs the gateway.",
+    retry_after=1.0,
+    headers=((b"x-forebay-limits", Standing.CLOSED.value.encode("ascii")),),
+)
+"""What everybody is told whose limits cannot be checked: no figures, for none are known."""
+
+
 def refusal(limit: Limit, refused: Refused, asked: int, model: str, hold_time: float, headers: list[Header]) -> Refusal:
     """Return what a refused request is told; ``asked`` is what it wanted of the limit, ``hold_time`` the seconds after
     which a slot may be expected to come free."""
     if refused.standing is Standing.CLOSED:
-        told = "Limits cannot be checked at the moment, and nothing is let in unchecked here. Try again shortly."
-        return Refusal(Kind.LIMITS_AWAY, told, retry_after=1.0, headers=tuple(headers))
+        return _AWAY
     bucket, shape = refused.buckets[refused.index], limit.shape
     seconds = hold_time if refused.wait >= NEVER else refused.wait / SECOND
     kind = Kind.OVER_BUDGET if limit.budget else _KINDS[limit.counts]
-    used = shape.capacity - spare(shape, bucket)
+    # What is used of a share would be no figure of the limit.
+    used = (
+        f" Used {_shown(limit, shape.capacity - spare(shape, bucket))}," if refused.standing is Standing.STORE else ""
+    )
     told = (
         f"{'Budget used up' if limit.budget else 'Rate limit reached'} for {model} in {limit.scope} {limit.subject!r}"
-        f" on {limit.said}: Limit {_shown(limit, shape.capacity)}, Used {_shown(limit, used)},"
-        f" Requested {_shown(limit, asked)}. Please try again in {go_duration(int(seconds * SECOND))}."
+        f" on {limit.said}: Limit {_shown(limit, shape.capacity)},{used} Requested {_shown(limit, asked)}."
+        f" Please try again in {go_duration(int(seconds * SECOND))}."
     )
+    if refused.standing is Standing.DEGRADED:
+        told += (
+            " The gateway cannot reach the store that its replicas share limits by: until it can, each replica gives"
+            " out its share of every limit, and this one's share of this limit is used up."
+        )
     retry = seconds <= LONGEST_RETRY and not limit.budget
     return Refusal(kind, told, retry_after=seconds, headers=tuple(headers), should_retry=retry, limit=_name(limit))
 

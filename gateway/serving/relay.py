@@ -597,6 +597,7 @@ OUTCOMES = {
     Kind.ENGINE_SLOW: Outcome.ENGINE_SLOW,
     Kind.NO_ENGINE: Outcome.NO_ENGINE,
     Kind.BUSY: Outcome.BUSY,
+    Kind.LIMITS_AWAY: Outcome.LIMITS_AWAY,
     Kind.SHUTDOWN: Outcome.SHUTDOWN,
     Kind.INTERNAL: Outcome.INTERNAL,
 }

@@ -27,6 +27,7 @@ class Outcome(enum.StrEnum):
     ENGINE_SLOW = "engine_slow"
     NO_ENGINE = "no_engine"
     BUSY = "busy"
+    LIMITS_AWAY = "limits_away"
     SHUTDOWN = "shutdown"
     INTERNAL = "internal_error"
 

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.store.servers import Server, program
+from tests.support.gateway import face, start_gateway
+
+__all__ = ["face", "start_gateway"]
 
 
 def pytest_report_header() -> str:

@@ -222,6 +222,9 @@ async def running(settings: Settings, clock: ManualClock, path: Path | None = No
     if isinstance(store, MemoryStore):
         held = [name for name, (shape, bucket) in store._buckets.items() if shape.slots and bucket.level]
         assert not held, "a request gave a slot never back"
+    # Of a store that is shared: what this gateway's own requests use.
+    leases = getattr(store, "_leases", {})
+    assert not any(lease.used for lease in leases.values()), "a request gave a slot never back"
 
 
 def settled(replica: Replica) -> int:

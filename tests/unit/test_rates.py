@@ -66,6 +66,23 @@ def test_slots_are_expected_when_others_usually_end() -> None:
 
 
 def test_a_store_that_is_lost_and_closed_is_nobody_s_limit() -> None:
-    slots = limit(Counts.TOKENS, rate_shape(60, 60))
-    told = refusal(slots, Refused((Bucket(0, 9),), 0, 0, standing=Standing.CLOSED), 1000, "m", 2.5, [])
-    assert told.kind.value.status == 503
+    tokens = limit(Counts.TOKENS, rate_shape(60, 60))
+    told = refusal(tokens, Refused((Bucket(0, 9),), 0, 0, standing=Standing.CLOSED), 1000, "m", 2.5, [(b"x", b"y")])
+    assert (told.kind, told.kind.value.status, told.limit) == (Kind.LIMITS_AWAY, 503, "")
+    assert "fault of the gateway" in told.message
+    assert told.extra_headers() == [
+        (b"x-forebay-limits", b"closed"),
+        (b"retry-after", b"1"),
+        (b"retry-after-ms", b"1000"),
+    ]
+
+
+def test_who_is_refused_by_a_share_is_told_so_and_no_figure_that_is_not_the_limit_s() -> None:
+    tokens = limit(Counts.TOKENS, rate_shape(60, 60))
+    told = refusal(tokens, Refused((Bucket(0, 9),), 0, 2_000_000, standing=Standing.DEGRADED), 5000, "m", 1.0, [])
+    assert (told.kind, told.retry_after, told.should_retry) == (Kind.TOO_MANY_TOKENS, 2.0, True)
+    assert told.message.startswith(
+        "Rate limit reached for m in key 'alice' on tokens per min (TPM): Limit 60, Requested 5."
+        " Please try again in 2s. The gateway cannot reach"
+    )
+    assert told.message.endswith("this one's share of this limit is used up.")
