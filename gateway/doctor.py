@@ -98,8 +98,7 @@ async def _limits_store(target: Target) -> Finding:
     try:
         await asyncio.wait_for(up.wait(), PROBE_TIMEOUT)
     except TimeoutError:
-        trouble = f"{target} cannot be used ({link.trouble or 'no answer'})"
-        return Finding("limits.store", State.BAD, trouble, "redis-cli -u URL ping, as the gateway's user")
+        return Finding("limits.store", State.BAD, f"{target} cannot be used ({link.trouble or 'no answer'})")
     finally:
         await link.close()
     return Finding("limits.store", State.GOOD, str(target))

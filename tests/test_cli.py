@@ -92,6 +92,31 @@ def test_config_check_refuses_a_database_that_cannot_work() -> None:
     assert said == "state.url: mysql is not supported; use sqlite or postgresql"
 
 
+def test_config_check_refuses_replicas_that_share_nothing() -> None:
+    Path("f.yaml").write_text("limits: {store: {replicas: 3}}\n")
+    said = refused("config", "check", "f.yaml")
+    assert said.startswith("limits.store: 3 replicas need a Redis server to share limits: without one each of them")
+
+
+@pytest.mark.parametrize(("standing", "lines"), [("store", 2), ("degraded", 3)])
+def test_limits_explain_says_when_they_are_kept_by_a_share(
+    standing: str, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, object] = {
+        "key": "a",
+        "tenant": "t",
+        "organisation": None,
+        "model": "m",
+        "standing": standing,
+        "data": [],
+    }
+    monkeypatch.setattr("gateway.operate.find_gateway", lambda settings: ("http://127.0.0.1:1", "fb-admin"))
+    monkeypatch.setattr("gateway.operate.Operator.limits", lambda operator, key, model: told)
+    first, *more, last = shown = forebay("limits", "explain", "a", "m").stdout.splitlines()
+    assert (first, last, len(shown)) == ("key a, tenant t, on m:", "nothing is limited", lines)
+    assert all(f"is lost; limits are {standing} until" in line for line in more)
+
+
 def test_config_check_is_loud_about_an_open_gateway() -> None:
     Path("f.yaml").write_text("auth: none\nlisten: {host: 0.0.0.0}\n")
     result = forebay("config", "check", "f.yaml")

@@ -18,6 +18,7 @@ from gateway import doctor
 from gateway.cli import app
 from gateway.doctor import Finding, State, examine
 from gateway.state.database import upgrade
+from tests.store.servers import Server
 from tests.support.sockets import bind_free, free_port
 
 CPU = Found(Device.CPU, 2, "x86_64")
@@ -133,6 +134,20 @@ def test_upstreams_are_asked_with_their_key(engine_url: str) -> None:
     assert "does not answer as vllm does" in found[f"upstream {gone}"].detail
     Path("f.yaml").write_text(f"upstreams: [{{url: {engine_url}, name: mine}}]\n")
     assert findings(Path("f.yaml"))["upstream mine"].detail == "answers 401 to /v1/models"
+
+
+def test_the_store_of_limits_is_tried_and_its_password_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server("requirepass sesame")
+    server.start()
+    try:
+        monkeypatch.setenv("FOREBAY_LIMITS__STORE__URL", server.url.replace("://", "://:sesame@"))
+        assert findings()["limits.store"] == Finding("limits.store", State.GOOD, server.url)
+        monkeypatch.setenv("FOREBAY_LIMITS__STORE__URL", server.url.replace("://", "://:open@"))
+        monkeypatch.setattr(doctor, "PROBE_TIMEOUT", 0.1)
+        told = f"{server.url} cannot be used (AuthenticationError)"
+        assert findings()["limits.store"] == Finding("limits.store", State.BAD, told)
+    finally:
+        server.close()
 
 
 def test_the_command_shows_each_finding_and_fails_when_one_is_wrong() -> None:

@@ -40,6 +40,8 @@ def limits_explain(
     whose = f"key {told['key']}, tenant {told['tenant']}" if told["key"] else "a client without a key"
     within = f", organisation {told['organisation']}" if told["organisation"] else ""
     typer.echo(f"{whose}{within}, on {told['model']}:")
+    if told["standing"] != "store":
+        typer.echo(f"the store that limits are shared through is lost; limits are {told['standing']} until it is back")
     if not told["data"]:
         typer.echo("nothing is limited")
         return

@@ -119,7 +119,7 @@ async def test_whoever_leaves_while_its_verdict_is_on_the_way_gets_it_back(
 async def test_while_the_server_is_frozen_the_policy_decides_and_everybody_is_told(
     start_gateway: StartGateway, upstream: ScriptedUpstream, own_server: Server, when_lost: str
 ) -> None:
-    kept = {"when_lost": when_lost, "timeout": "40ms", "mode": "exact"}
+    kept: dict[str, object] = {"when_lost": when_lost, "timeout": "40ms", "mode": "exact"}
     gateway = await start_gateway(upstream, limits=shared(own_server.url, kept, requests="3/day"))
     upstream.always(answer(), path=CHAT)
     assert (await gateway.ask(chat(user="before"))).status == 200
