@@ -659,6 +659,12 @@ def test_a_store_of_limits_that_cannot_work_is_refused(
     assert SECRET not in problem
 
 
+def test_what_the_page_on_limits_shows_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://redis")
+    shown = re.findall(r"```yaml\n(.*?)```", (EXAMPLE.parent / "docs/limits.md").read_text(), re.DOTALL)
+    assert [load(None, yaml.safe_load(text)).limits.store.replicas for text in shown] == [1, 3]
+
+
 # --- engines of this machine -------------------------------------------------------------------------------------
 
 
