@@ -516,9 +516,10 @@ async def look_until_ready(settings: Settings) -> tuple[str, ...]:
     async with httpx.AsyncClient(transport=transport) as client:
         while True:
             with contextlib.suppress(httpx.TransportError):
-                answer = await client.get(f"{base_url(settings)}/health/ready")
-                if answer.status_code == httpx.codes.OK:
-                    endpoints = answer.json()["endpoints"]
+                told = (await client.get(f"{base_url(settings)}/health/ready")).json()
+                # A store of limits that is away is no reason to end engines that took minutes to load.
+                if told["status"] in ("ok", "limits cannot be checked"):
+                    endpoints = told["endpoints"]
                     return tuple(sorted({model for endpoint in endpoints for model in endpoint["models"]}))
             await asyncio.sleep(POLL)
 

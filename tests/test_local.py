@@ -13,6 +13,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -34,6 +35,7 @@ from gateway.local import (
     greet_when_ready,
     interruptible,
     key_or_note,
+    look_until_ready,
     make_plan,
     make_start_key,
     minder_for,
@@ -48,7 +50,9 @@ from gateway.state.database import StateError
 from gateway.state.keys import KeyStore
 from tests.support.control import EVENTS, control_port, event, said
 from tests.support.control import STATE as SERVES
+from tests.support.script import json_answer
 from tests.support.sockets import bind_free, free_port
+from tests.support.upstream import ScriptedUpstream
 
 FAKE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_child.py"))]
 
@@ -357,6 +361,19 @@ async def test_a_person_is_told_when_no_engine_answers_and_when_one_does(
     assert "Models: fake-model\n" in shown
     assert "fb-key" in shown
     assert "A note." in shown
+
+
+async def test_a_gateway_that_lets_nobody_in_for_lack_of_its_store_of_limits_is_there(
+    upstream: ScriptedUpstream,
+) -> None:
+    """Its engines took minutes to load: they are not ended because something else is away."""
+    settings = Settings.model_validate({"listen": {"port": urlsplit(upstream.url).port}})
+    endpoints = b'[{"name": "a", "healthy": true, "models": ["m"]}]'
+    for status in (b"no healthy engine", b"limits cannot be checked"):
+        body = b'{"status": "%s", "limits": "closed", "endpoints": %s}' % (status, endpoints)
+        upstream.queue(json_answer(body, status=503), path="/health/ready")
+    assert await look_until_ready(settings) == ("m",)
+    assert len(upstream.requests) == 2
 
 
 def test_a_key_is_made_only_where_there_is_none_and_only_for_a_person() -> None:

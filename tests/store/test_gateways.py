@@ -156,6 +156,10 @@ async def test_while_the_server_is_frozen_the_policy_decides_and_everybody_is_to
     assert healed.header("x-forebay-limits") is None
     assert healed.status == (200 if when_lost == "closed" else 429), "what was let in meanwhile was not charged"
     assert (await gateway.get("/health/ready")).json()["limits"] == "store"
+    await given_back(gateway)
+    own_server.command("FLUSHALL")
+    assert (await gateway.ask(chat(user="afterwards"))).status == 429, "what was forgotten was given out once more"
+    assert (await gateway.line("limits_emptied"))["store"] == own_server.url
 
 
 @pytest.mark.parametrize("face", ["protocol"])
