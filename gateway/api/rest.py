@@ -242,7 +242,7 @@ class WithRequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        told = self._edge.new_id()
+        told = self._edge.new_id(self._edge.log.wall())
         request_id = told.encode("ascii")
         # What a route knows as ``request.state.request_id``; the server's own state is shared by all requests.
         scope["state"] = {**scope.get("state", {}), "request_id": told}

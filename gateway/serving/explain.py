@@ -13,7 +13,7 @@ import msgspec
 
 from gateway.policy.limits import UNIT
 from gateway.serving.meter import Usage
-from gateway.serving.ticket import Attempt, Ticket
+from gateway.serving.ticket import Attempt, Ticket, to_ms
 from gateway.state.usage import UsageRow, dollars
 
 SHOWN_ATTEMPTS = 16
@@ -25,6 +25,54 @@ NOTHING = Usage(0, 0, 0, 0)
 """What a request used that no engine has seen."""
 
 
+class Tried(msgspec.Struct, omit_defaults=True):
+    """One attempt at an engine, as it is told. Times in milliseconds."""
+
+    endpoint: str
+    result: str
+    ms: float
+    load: int
+    """What the endpoint had in flight when it was chosen."""
+    connect_ms: float | None = None
+    again: bool = False
+    among: list[tuple[str, int]] | None = None
+    """Who else it might have been, and what they had in flight, -1 where one could not be given work."""
+    more: int = 0
+    """How many others are not named."""
+
+
+class TimeSplit(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Milliseconds of each stage that was reached, in order; together they are the whole time."""
+
+    headers: float | None = None
+    body: float | None = None
+    policy: float | None = None
+    connect: float | None = None
+    first_event: float | None = None
+    rest: float | None = None
+
+
+class Detail(msgspec.Struct, omit_defaults=True):
+    """What no column of the ledger holds; what says nothing is left out."""
+
+    client: str = ""
+    client_request_id: str = ""
+    sdk_retry: int = 0
+    stream: bool = False
+    events: int = 0
+    bytes_in: int = 0
+    error: str = ""
+    refused_by: str = ""
+    limits: tuple[tuple[str, str, int, int], ...] = ()
+    """Bucket, what it counts, what was reserved of it and what was charged."""
+    time: TimeSplit = TimeSplit()
+    tried: list[Tried] = []
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Detail).decode
+
+
 def ledger_row(ticket: Ticket) -> UsageRow:
     """The row of a request that has ended."""
     return row_of(ticket, ticket.ended)
@@ -33,10 +81,11 @@ def ledger_row(ticket: Ticket) -> UsageRow:
 def row_of(ticket: Ticket, now: float) -> UsageRow:
     """The row of a request as it stands; ``now`` is the clock's where it still runs."""
     usage = ticket.usage or (Usage() if ticket.attempts else NOTHING)
-    end = ticket.ended if ticket.outcome is not None else now
+    outcome = ticket.outcome.value if ticket.outcome is not None else ""
+    end = ticket.ended if outcome else now
     return UsageRow(
         request_id=ticket.request_id,
-        at=round(ticket.at, 3),
+        at=int(ticket.at * 1000 + 0.5) / 1000,
         key_id=ticket.key_id,
         key=ticket.key,
         tenant=ticket.tenant,
@@ -45,7 +94,7 @@ def row_of(ticket: Ticket, now: float) -> UsageRow:
         version=ticket.version,
         path=ticket.path,
         endpoint=ticket.endpoint,
-        outcome=ticket.outcome.value if ticket.outcome is not None else "",
+        outcome=outcome,
         status=ticket.status,
         settlement=ticket.settlement,
         tokens_in=usage.prompt,
@@ -54,68 +103,60 @@ def row_of(ticket: Ticket, now: float) -> UsageRow:
         tokens_reasoning=usage.reasoning,
         cost_nanos=ticket.cost,
         ttft_ms=_ms(ticket.first_at, ticket.started),
-        duration_ms=_ms(end, ticket.started) or 0.0,
+        duration_ms=to_ms(end - ticket.started),
         attempts=ticket.attempts,
-        detail=msgspec.json.encode(_detail(ticket, end)).decode(),
+        detail=_encode(_detail(ticket, outcome, end)).decode(),
     )
 
 
-def _detail(ticket: Ticket, end: float) -> dict[str, Any]:
-    """What no column holds; what says nothing is left out."""
-    detail = {
-        "client": ticket.client,
-        "client_request_id": ticket.client_request_id[:MAX_TEXT],
-        "sdk_retry": ticket.sdk_retry,
-        "stream": ticket.stream,
-        "events": ticket.events,
-        "bytes_in": ticket.bytes_in,
-        "error": ticket.error[:MAX_TEXT],
-        "refused_by": ticket.refused_by,
-        "limits": [list(limit) for limit in ticket.limits],
-        "time": _time_split(ticket, end),
-        "tried": [_attempt(attempt, ticket, end) for attempt in ticket.tried[:SHOWN_ATTEMPTS]],
-    }
-    return {name: value for name, value in detail.items() if value}
+def _detail(ticket: Ticket, outcome: str, end: float) -> Detail:
+    return Detail(
+        ticket.client,
+        ticket.client_request_id[:MAX_TEXT],
+        ticket.sdk_retry,
+        ticket.stream,
+        ticket.events,
+        ticket.bytes_in,
+        ticket.error[:MAX_TEXT],
+        ticket.refused_by,
+        ticket.limits,
+        _time_split(ticket, end),
+        [_tried(attempt, outcome, end) for attempt in ticket.tried[:SHOWN_ATTEMPTS]],
+    )
 
 
-def _time_split(ticket: Ticket, end: float) -> dict[str, float]:
-    """Milliseconds of each stage that was reached, in order; together they are the whole time."""
+def _time_split(ticket: Ticket, end: float) -> TimeSplit:
     last = ticket.tried[-1] if ticket.tried else None
     connected = (last.connected or last.began) if last is not None else 0.0
-    marks = (
-        ("headers", ticket.let_in_at),
-        ("body", ticket.read_at),
-        ("policy", ticket.sent_at),
-        ("connect", connected),
-        ("first_event", ticket.first_at),
-    )
-    split, before = {}, ticket.started
-    for stage, at in marks:
-        if at:
-            split[stage] = round((at - before) * 1000, 3)
-            before = at
-    split["rest"] = round((end - before) * 1000, 3)
-    return split
+    marks = (ticket.let_in_at, ticket.read_at, ticket.sent_at, connected, ticket.first_at)
+    split: list[float | None] = []
+    before = ticket.started
+    for at in marks:
+        split.append(to_ms(at - before) if at else None)
+        before = at or before
+    headers, body, policy, connect, first_event = split
+    return TimeSplit(headers, body, policy, connect, first_event, to_ms(end - before))
 
 
-def _attempt(attempt: Attempt, ticket: Ticket, end: float) -> dict[str, Any]:
-    result = attempt.cause or (ticket.outcome.value if ticket.outcome is not None else "running")
-    told: dict[str, Any] = {
-        "endpoint": attempt.endpoint,
-        "result": result,
-        "ms": _ms(attempt.ended or end, attempt.began),
-        "connect_ms": _ms(attempt.connected, attempt.began),
-        "load": attempt.load,
-        "again": attempt.again,
-    }
+def _tried(attempt: Attempt, outcome: str, end: float) -> Tried:
+    among, more = None, 0
     if attempt.loads is not None:
-        told["among"] = [[one.name, load] for one, load in zip(attempt.others, attempt.loads, strict=False)]
-        told["more"] = len(attempt.others) - len(attempt.loads)
-    return {name: value for name, value in told.items() if value or name in ("ms", "load")}
+        among = [(one.name, load) for one, load in zip(attempt.others, attempt.loads, strict=False)]
+        more = len(attempt.others) - len(attempt.loads)
+    return Tried(
+        attempt.endpoint,
+        attempt.cause or outcome or "running",
+        to_ms((attempt.ended or end) - attempt.began),
+        attempt.load,
+        _ms(attempt.connected, attempt.began),
+        attempt.again,
+        among,
+        more,
+    )
 
 
 def _ms(later: float, earlier: float) -> float | None:
-    return round((later - earlier) * 1000, 3) if later else None
+    return to_ms(later - earlier) if later else None
 
 
 # --- explained -------------------------------------------------------------------------------------------------------
@@ -123,8 +164,8 @@ def _ms(later: float, earlier: float) -> float | None:
 
 def explanation(row: UsageRow, source: str) -> dict[str, Any]:
     """Everything that is known of a request, for people; ``source``: where from, memory or ledger."""
-    detail = msgspec.json.decode(row.detail)
-    tried = detail.get("tried", [])
+    detail = _decode(row.detail)
+    tried = detail.tried
     return {
         "request_id": row.request_id,
         "source": source,
@@ -135,25 +176,25 @@ def explanation(row: UsageRow, source: str) -> dict[str, Any]:
             "key_id": row.key_id,
             "tenant": row.tenant,
             "organisation": row.organisation,
-            "client": detail.get("client", ""),
-            "client_request_id": detail.get("client_request_id", ""),
-            "sdk_retry": detail.get("sdk_retry", 0),
+            "client": detail.client,
+            "client_request_id": detail.client_request_id,
+            "sdk_retry": detail.sdk_retry,
         },
         "asked": {
             "path": row.path,
             "model": row.model,
             "version": row.version,
-            "stream": detail.get("stream", False),
-            "bytes_in": detail.get("bytes_in", 0),
+            "stream": detail.stream,
+            "bytes_in": detail.bytes_in,
         },
         "outcome": row.outcome,
         "status": row.status,
-        "error": detail.get("error", ""),
+        "error": detail.error,
         "limits": {
-            "refused_by": detail.get("refused_by", ""),
+            "refused_by": detail.refused_by,
             "charged": [
                 {"bucket": bucket, "unit": unit, "reserved": _amount(unit, held), "settled": _amount(unit, kept)}
-                for bucket, unit, held, kept in detail.get("limits", [])
+                for bucket, unit, held, kept in detail.limits
             ],
             "settlement": row.settlement,
         },
@@ -162,17 +203,17 @@ def explanation(row: UsageRow, source: str) -> dict[str, Any]:
             "why": why_chosen(tried[-1], tried[:-1]) if tried else "",
             "attempts": row.attempts,
             "retries": max(0, row.attempts - 1),
-            "tried": tried,
+            "tried": msgspec.to_builtins(tried),
         },
         "tokens": {
             "in": row.tokens_in,
             "cached": row.tokens_cached,
             "out": row.tokens_out,
             "reasoning": row.tokens_reasoning,
-            "events": detail.get("events", 0),
+            "events": detail.events,
         },
         "cost": dollars(row.cost_nanos),
-        "time": {"total_ms": row.duration_ms, "ttft_ms": row.ttft_ms, "split_ms": detail.get("time", {})},
+        "time": {"total_ms": row.duration_ms, "ttft_ms": row.ttft_ms, "split_ms": msgspec.to_builtins(detail.time)},
     }
 
 
@@ -181,17 +222,16 @@ def _amount(unit: str, amount: int) -> int | str:
     return f"${dollars(amount)}" if unit == "money" else -(-amount // UNIT)
 
 
-def why_chosen(attempt: dict[str, Any], before: list[dict[str, Any]]) -> str:
+def why_chosen(attempt: Tried, before: list[Tried]) -> str:
     """Why this endpoint, in words."""
-    if attempt.get("again"):
+    if attempt.again:
         return "the same once more: it had closed the connection that was kept open"
-    among = attempt.get("among")
-    if among is None:
+    if attempt.among is None:
         return "the only one that serves this model"
-    failed = {one["endpoint"] for one in before}
+    failed = {one.endpoint for one in before}
     loads = []
-    for name, load in among:
+    for name, load in attempt.among:
         state = "tried before" if name in failed else "cannot be given work" if load < 0 else f"{load} in flight"
         loads.append(f"{name}: {state}")
-    more = f" and {attempt['more']} more" if attempt.get("more") else ""
-    return f"the least loaded ({attempt['load']} in flight) of {', '.join(loads)}{more}"
+    more = f" and {attempt.more} more" if attempt.more else ""
+    return f"the least loaded ({attempt.load} in flight) of {', '.join(loads)}{more}"

@@ -35,6 +35,11 @@ class Outcome(enum.StrEnum):
 _EXPECTED = frozenset({Outcome.OK, Outcome.REFUSED, Outcome.CLIENT_GONE})
 
 
+def to_ms(seconds: float) -> float:
+    """Return seconds in milliseconds with three digits; ``round`` would take three times as long."""
+    return int(seconds * 1e6 + 0.5) / 1000
+
+
 class LogLine(msgspec.Struct, omit_defaults=True):
     """One request, one line. Times in milliseconds; never a prompt, never a key."""
 
@@ -251,7 +256,7 @@ class Ticket:
             path=self.path,
             outcome=outcome,
             status=status,
-            duration_ms=round((now - self.started) * 1000, 2),
+            duration_ms=to_ms(now - self.started),
             model=self.model,
             tenant=self.tenant,
             key=self.key,
@@ -260,7 +265,7 @@ class Ticket:
             endpoint=self.endpoint,
             stream=self.stream,
             attempts=self.attempts,
-            ttft_ms=round((self.first_at - self.started) * 1000, 2) if self.first_at else None,
+            ttft_ms=to_ms(self.first_at - self.started) if self.first_at else None,
             events=self.events,
             tokens_in=usage.prompt,
             tokens_out=usage.completion,

@@ -25,6 +25,9 @@ NANOS = 1_000_000_000
 """Of what costs are counted in, in one dollar."""
 PAGE = 1000
 """Rows that a listing holds at once."""
+STATEMENT_ROWS = 100
+"""Rows that SQLite takes in one statement: it works on them without holding the interpreter, which between rows it would
+have to win back from the event loop."""
 
 _c = usage_table.c
 
@@ -156,6 +159,8 @@ class UsageStore:
         compiled = statement.compile(self._engine, column_keys=[column.name for column in usage_table.columns])
         # Handed to the driver as text: SQLAlchemy's look at each value would cost more than storing it.
         self._insert, self._is_positional = str(compiled), compiled.positional
+        self._insert_many = _for_many_rows(self._insert) if self._is_sqlite else ""
+        self._second, self._day, self._prefix = -1, "", ""
         self._upgraded = False
 
     def close(self) -> None:
@@ -192,10 +197,15 @@ class UsageStore:
         return refused
 
     def _parameters(self, row: UsageRow) -> Any:
-        at = datetime.fromtimestamp(row.at, UTC)
-        # The one type that SQLite does not know; this is how SQLAlchemy reads it.
-        stored = at.replace(tzinfo=None).isoformat(" ", "microseconds") if self._is_sqlite else at
-        values = _values(row, stored, at.date().isoformat())
+        whole = int(row.at)
+        if whole != self._second:
+            # Rows come in order: the calendar is asked once a second.
+            moment = datetime.fromtimestamp(whole, UTC)
+            self._second, self._day, self._prefix = whole, moment.date().isoformat(), moment.strftime("%Y-%m-%d %H:%M:%S")
+        if self._is_sqlite:
+            # The one type that SQLite does not know; this is how SQLAlchemy reads it.
+            return _values(row, f"{self._prefix}.{min(int((row.at - whole) * 1e6 + 0.5), 999_999):06d}", self._day)
+        values = _values(row, datetime.fromtimestamp(row.at, UTC), self._day)
         return values if self._is_positional else dict(zip(COLUMNS, values, strict=True))
 
     def _write(self, values: list[Any]) -> None:
@@ -203,7 +213,11 @@ class UsageStore:
             upgrade(self._url)
             self._upgraded = True
         with translated(self._engine), self._engine.begin() as connection:
-            connection.exec_driver_sql(self._insert, values)
+            at_once = len(values) // STATEMENT_ROWS * STATEMENT_ROWS if self._is_sqlite else 0
+            for start in range(0, at_once, STATEMENT_ROWS):
+                connection.exec_driver_sql(self._insert_many, tuple(chain(*values[start : start + STATEMENT_ROWS])))
+            if at_once < len(values):
+                connection.exec_driver_sql(self._insert, values[at_once:])
 
     def _insert_singly(self, values: list[Any]) -> int:
         """One row that cannot be stored must not keep the others out for ever."""
@@ -265,6 +279,14 @@ class UsageStore:
                 raise StateError("there is no state database yet: no request was accounted for")
             with self._engine.connect().execution_options(**{READ_ONLY: True}) as connection:
                 yield connection
+
+
+def _for_many_rows(insert: str) -> str:
+    """The statement for one row as one for ``STATEMENT_ROWS`` of them."""
+    row = f"({', '.join('?' * len(COLUMNS))})"
+    before, found, after = insert.partition(row)
+    assert found, insert
+    return f"{before}{', '.join([row] * STATEMENT_ROWS)}{after}"
 
 
 def _values(row: UsageRow, at: object, day: str) -> tuple[object, ...]:

@@ -393,6 +393,8 @@ async def test_an_sdks_retries_are_counted(house: House, value: bytes, seen: int
 
 
 async def test_ids_do_not_repeat(house: House) -> None:
-    ids = {house.edge.new_id() for _ in range(1000)}
+    ids = {house.edge.new_id(1_700_000_000.0) for _ in range(1000)}
     assert len(ids) == 1000
     assert all(len(name) == 36 and name.startswith("req_") for name in ids)
+    # In the order of time, so that the ledger grows at its end.
+    assert max(ids) < house.edge.new_id(1_700_000_000.001) < house.edge.new_id(1_700_000_001.0)
