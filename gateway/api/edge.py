@@ -232,7 +232,9 @@ class Edge:
         """Reserve what the request will need of every limit it falls under."""
         plan = self.plan(request.who, asked.model, request.ticket.client)
         request.ticket.organisation = plan.organisation
-        facts = read_facts(plan, request.route, asked.model, asked.fields, asked.max_tokens, body, request.first)
+        facts = read_facts(
+            plan, request.route, asked.model, asked.fields, asked.max_tokens, body, asked.media, request.first
+        )
         return self.limiter.admit(plan, facts)
 
     def plan(self, who: KeyRecord, model: str, client: str) -> Plan:

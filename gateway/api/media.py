@@ -18,6 +18,8 @@ from engines.protocol import Fields
 from gateway.errors import Kind, Refusal
 from gateway.serving.dialect import Route
 
+_PARTS = (b'"image_url"', b'"input_image"', b'"input_audio"', b'"video_url"', b'"audio_url"', b'"source"')
+_DATA_URL = re.compile(rb'data:[^"]*')
 _SCHEME = re.compile(r"[\s\x00-\x20]*([A-Za-z][A-Za-z0-9+.\-]*):")
 _TEXT_KEYS = frozenset(
     {
@@ -53,13 +55,24 @@ class MediaRules:
         return limit if of_key is None else min(limit, of_key)
 
 
-def check_media(body: bytes, fields: Fields, route: Route, rules: MediaRules, of_key: int | None) -> Refusal | None:
-    """Refuse a body that would make an engine fetch, open or unpickle something it must not."""
+def may_hold_media(body: bytes, route: Route) -> bool:
+    """Tell whether there may be anything in a body but text; no is certain."""
     if route.media_in_lists and body.count(b"[") < 2:
         # A media part stands in a list of parts inside the list of messages.
-        return None
-    if not (b"url" in body or b"data" in body or b"_embeds" in body or has_escapes(body)):
-        return None
+        return False
+    return b"url" in body or b"data" in body or b"_embeds" in body or has_escapes(body)
+
+
+def weigh_media(body: bytes) -> tuple[int, int]:
+    """Return how many images and the like a body seems to hold, and how many of its bytes are theirs."""
+    parts = sum(body.count(needle) for needle in _PARTS)
+    if not parts or b"data:" not in body:
+        return parts, 0
+    return parts, sum(match.end() - match.start() for match in _DATA_URL.finditer(body))
+
+
+def check_media(fields: Fields, route: Route, rules: MediaRules, of_key: int | None) -> Refusal | None:
+    """Refuse a body that would make an engine fetch, open or unpickle something it must not."""
     limit = rules.limit(route.path, of_key)
     for name in route.media_fields:
         raw = fields.get(name)

@@ -13,7 +13,7 @@ import msgspec
 
 from engines.protocol import Fields
 from engines.registry import ENGINES
-from gateway.api.media import MediaRules, check_media, has_escapes
+from gateway.api.media import MediaRules, check_media, has_escapes, may_hold_media, weigh_media
 from gateway.errors import Kind, Refusal
 from gateway.serving.dialect import Route
 from gateway.serving.tokens import count_prompts
@@ -64,13 +64,15 @@ _TEMPLATE_KEYS = frozenset({"chat_template", "tokenize", "conversation", "tools"
 
 @dataclass(slots=True)
 class Asked:
-    """What a body asks for. ``wants_usage`` tells whether the client asked for the usage chunk itself."""
+    """What a body asks for. ``wants_usage`` tells whether the client asked for the usage chunk itself, ``media``
+    how many images and the like are in it, and their bytes."""
 
     model: str
     fields: Fields
     stream: bool
     wants_usage: bool
     max_tokens: int | None
+    media: tuple[int, int] = (0, 0)
 
 
 def read_body(body: bytes, route: Route, caps: Caps, media: MediaRules) -> Asked | Refusal:
@@ -87,7 +89,11 @@ def read_body(body: bytes, route: Route, caps: Caps, media: MediaRules) -> Asked
         return asked
     if asked.stream and not route.streams:
         return Refusal(Kind.INVALID, f"{route.path} does not stream. Leave 'stream' out.", "stream")
-    refusal = _refused(fields, route) or check_media(body, fields, route, media, caps.media)
+    refusal = _refused(fields, route)
+    if refusal is None and may_hold_media(body, route):
+        refusal = check_media(fields, route, media, caps.media)
+        if refusal is None and route.media_fields:
+            asked.media = weigh_media(body)
     return asked if refusal is None else refusal
 
 

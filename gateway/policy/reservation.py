@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -23,8 +24,27 @@ MOST_PROMISES = 256
 """Promises one bucket keeps; who is refused beyond that is told a time, but nothing is kept for it."""
 
 
-class Need(msgspec.Struct, frozen=True, gc=False):
+class Asking(Protocol):
     """What is asked of one bucket: at least ``amount``, and ``more`` beside it if there is plenty (a lease)."""
+
+    @property
+    def shape(self) -> Shape:
+        """What the bucket is."""
+        ...
+
+    @property
+    def amount(self) -> int:
+        """In units."""
+        ...
+
+    @property
+    def more(self) -> int:
+        """In units; 0: nothing beyond the amount."""
+        ...
+
+
+class Need(msgspec.Struct, frozen=True, gc=False):
+    """The plainest ``Asking``."""
 
     shape: Shape
     amount: int
@@ -49,13 +69,16 @@ class Short(msgspec.Struct, frozen=True, gc=False):
 
 
 def take(
-    needs: Sequence[Need], buckets: Sequence[Bucket], now: int, who: int = 0, sharers: int = 1, *, first: bool = False
+    needs: Sequence[Asking], buckets: Sequence[Bucket], now: int, who: int = 0, sharers: int = 1, *, first: bool = False
 ) -> Taken | Short:
     """Take what is needed from every bucket or say when it will be there.
 
     ``sharers`` are those who lease. ``first``: this is no repetition, so what was promised to the same ``who`` is for
     others that look alike.
     """
+    plain = _take_plainly(needs, buckets, now)
+    if plain is not None:
+        return plain
     current = [_alive(refill(need.shape, bucket, now), now) for need, bucket in zip(needs, buckets, strict=True)]
     mine = None if first or not who else _promised(current, who)
     free = [
@@ -80,6 +103,18 @@ def take(
     return Taken(tuple(after), tuple(amounts))
 
 
+def _take_plainly(needs: Sequence[Asking], buckets: Sequence[Bucket], now: int) -> Taken | None:
+    """Take where nothing was promised, all is there and no lease is asked for, which is nearly always; else None."""
+    after = []
+    for need, bucket in zip(needs, buckets, strict=True):
+        shape, amount = need.shape, need.amount
+        bucket = refill(shape, bucket, now)
+        if bucket.promises or need.more or spare(shape, bucket) < amount:
+            return None
+        after.append(Bucket(bucket.level - amount, bucket.at, bucket.part, bucket.epoch))
+    return Taken(tuple(after), tuple([need.amount for need in needs]))
+
+
 def give(shape: Shape, bucket: Bucket, amount: int, now: int) -> Bucket:
     """Return a bucket to which ``amount`` was given back; below zero, it is taken even where that is a debt."""
     bucket = refill(shape, bucket, now)
@@ -87,7 +122,7 @@ def give(shape: Shape, bucket: Bucket, amount: int, now: int) -> Bucket:
     return Bucket(level, bucket.at, bucket.part, bucket.epoch, bucket.promises)
 
 
-def _refuse(needs: Sequence[Need], buckets: list[Bucket], now: int, who: int, mine: Promise | None) -> Short:
+def _refuse(needs: Sequence[Asking], buckets: list[Bucket], now: int, who: int, mine: Promise | None) -> Short:
     if mine is not None and now < mine.due:
         index = next(i for i, b in enumerate(buckets) if any(p.who == who and p.due == mine.due for p in b.promises))
         return Short(tuple(buckets), index, mine.due - now, early=True)
@@ -109,7 +144,7 @@ def _refuse(needs: Sequence[Need], buckets: list[Bucket], now: int, who: int, mi
     return Short(tuple(noted), index, longest)
 
 
-def _with(need: Need, bucket: Bucket, others: tuple[Promise, ...], promise: Promise) -> Bucket:
+def _with(need: Asking, bucket: Bucket, others: tuple[Promise, ...], promise: Promise) -> Bucket:
     """Return the bucket with a promise in its place by time. Slots are promised to nobody: they would stand empty."""
     if need.shape.slots or not need.amount:
         promises = others

@@ -8,7 +8,6 @@ Rule 3: what a request used is charged by what is known of it, and how it is kno
 from __future__ import annotations
 
 import enum
-import re
 import zlib
 from collections.abc import Callable, Generator, Sequence
 
@@ -19,12 +18,12 @@ from gateway.errors import Refusal
 from gateway.limits import Asker, Declared, applying, organisation_of, prices_of, weights_of
 from gateway.metrics import Metrics
 from gateway.policy.estimate import Estimator
-from gateway.policy.limits import UNIT, Counts, Limit, Rates, Size, amounts
+from gateway.policy.limits import FREE, UNIT, Counts, Limit, Rates, Size, amounts
 from gateway.policy.token_bucket import NEVER, Bucket, Shape, spare
 from gateway.serving.dialect import OPENAI, Route
 from gateway.serving.meter import Usage
 from gateway.serving.pending import Pending
-from gateway.serving.rates import Header, families, never_fits, rate_headers, refusal
+from gateway.serving.rates import Family, Header, families, never_fits, rate_headers, refusal
 from gateway.serving.tokens import count_prompts
 from gateway.state.keys import KeyRecord
 from gateway.store.protocol import Draw, Granted, Refused, Standing, Store, Verdict
@@ -37,8 +36,6 @@ LEAST_CUT = 16
 """Tokens of an answer below which cutting it is no use."""
 LONGEST_TOKEN = 128
 """Bytes that the tokens of a prompt do not have on the average: the bound on what can never fit."""
-_DATA_URL = re.compile(rb'data:[^"]*')
-_PARTS = (b'"image_url"', b'"input_image"', b'"input_audio"', b'"video_url"', b'"audio_url"', b'"source"')
 _NOT_ZERO = 1 << 32
 
 
@@ -62,10 +59,14 @@ class Plan(msgspec.Struct, frozen=True):
     organisation: str
     limits: tuple[Limit, ...]
     shapes: tuple[Shape, ...]
-    about: tuple[tuple[bytes, tuple[int, ...]], ...]
+    counted: tuple[str, ...]
+    """What each limit counts, in a word."""
+    about: tuple[Family, ...]
     weights: Rates
     prices: Rates
     cuts: tuple[int, ...]
+    roomy: int
+    """Tokens so few that no limit is too small for them."""
     until: int
     """When a calendar turns its page, in microseconds since 1970."""
 
@@ -91,12 +92,19 @@ class Hold:
     __slots__ = ("_draws", "_facts", "_granted", "_limiter", "_plan", "_size", "settled", "used")
 
     def __init__(
-        self, limiter: Limiter, plan: Plan, facts: Facts, size: Size, draws: tuple[Draw, ...], granted: Granted | None
+        self,
+        limiter: Limiter,
+        plan: Plan,
+        facts: Facts,
+        size: Size | None,
+        draws: tuple[Draw, ...],
+        granted: Granted | None,
     ) -> None:
         self._limiter = limiter
         self._plan = plan
         self._facts = facts
         self._size = size
+        """As it was estimated; not at all where there is no limit to reserve it of."""
         self._draws = draws
         self._granted = granted
         self.settled: Settlement | None = None
@@ -125,19 +133,24 @@ class Hold:
         self.settled = kind
         if kind is Settlement.COUNTED:
             self.used = Usage(used.prompt, used.output, used.cached)
-        plan, draws = self._plan, self._draws
-        charged = amounts(used, plan.weights, plan.prices)
+        plan = self._plan
+        cost = 0
         lines: tuple[tuple[str, str, int, int], ...] = ()
-        if draws:
+        if self._draws:
+            charged = amounts(used, plan.weights, plan.prices)
+            cost = charged[Counts.MONEY]
             lines = self._give_back(kind, charged)
+        elif plan.prices is not FREE:
+            cost = plan.prices.cost(used.prompt, used.cached, used.output, used.reasoning)
         if kind is Settlement.EXACT:
             self._limiter.learn(self._facts, plan, used, events)
-        return kind, 0 if kind is Settlement.VOID else charged[Counts.MONEY], lines
+        return kind, 0 if kind is Settlement.VOID else cost, lines
 
     def _give_back(self, kind: Settlement, charged: Sequence[int]) -> tuple[tuple[str, str, int, int], ...]:
         back = []
         lines = []
-        for limit, draw in zip(self._plan.limits, self._draws, strict=True):
+        plan = self._plan
+        for limit, counted, draw in zip(plan.limits, plan.counted, self._draws, strict=True):
             counts = limit.counts
             if kind is Settlement.VOID or counts in (Counts.CONCURRENT, Counts.IN_FLIGHT):
                 keeps = 0
@@ -145,7 +158,7 @@ class Hold:
                 keeps = draw.amount
             else:
                 keeps = charged[counts]
-            lines.append((limit.bucket, counts.name.lower(), draw.amount, keeps))
+            lines.append((limit.bucket, counted, draw.amount, keeps))
             if keeps != draw.amount:
                 back.append(Draw(draw.bucket, draw.shape, draw.amount - keeps))
         if back:
@@ -153,7 +166,7 @@ class Hold:
         return tuple(lines)
 
     def _used(self, usage: Usage | None, events: int, whole: bool, accepted: bool) -> tuple[Settlement, Size]:
-        size, facts = self._size, self._facts
+        facts = self._facts
         writes = bool(facts.route.token_fields)
         if not facts.route.charged:
             return (Settlement.EXACT if whole else Settlement.VOID), Size(0, 0)
@@ -165,6 +178,7 @@ class Hold:
             counted = max(known.output, self._limiter.tokens(facts, events))
             return Settlement.COUNTED, Size(known.prompt, counted, known.cached, known.reasoning)
         # An answer that is no stream is one event, which says nothing of its length.
+        size = self._size or self._limiter.estimate(self._plan, facts)
         if (events > 1 and writes and usage is None) if whole else events:
             return Settlement.COUNTED, Size(size.prompt, self._limiter.tokens(facts, events))
         return (Settlement.KEPT if accepted or whole else Settlement.VOID), size
@@ -205,23 +219,26 @@ class Limiter:
         asker = Asker(who.public_id, who.tenant, model, pool, address, who.limits, source)
         limits = applying(asker, known, self._clock())
         shapes = tuple(limit.shape for limit in limits)
+        weights, prices = weights_of(known.limits, model), prices_of(known.limits, model)
         return Plan(
             who=who,
             organisation=organisation_of(who.tenant, known) if who.public_id else "",
             limits=limits,
             shapes=shapes,
+            counted=tuple(limit.counts.name.lower() for limit in limits),
             about=families(limits),
-            weights=weights_of(known.limits, model),
-            prices=prices_of(known.limits, model),
+            weights=weights,
+            prices=prices,
             cuts=tuple(at for at, limit in enumerate(limits) if limit.cut),
+            roomy=min((_roomy(limit, weights, prices) for limit in limits if not limit.cut), default=NEVER),
             until=min((shape.ends for shape in shapes if shape.ends), default=0),
         )
 
     def admit(self, plan: Plan, facts: Facts) -> Generator[Pending, Verdict, Hold | Refusal]:
         """Reserve what a request will need, or say why not; yields the store's answer where that is not known here."""
-        size = self._estimate(plan, facts)
         if not plan.limits:
-            return Hold(self, plan, facts, size, (), None)
+            return Hold(self, plan, facts, None, (), None)
+        size = self.estimate(plan, facts)
         too_large = self._never_fits(plan, facts)
         if too_large is not None:
             return too_large
@@ -255,7 +272,8 @@ class Limiter:
                 self.store.settle(draws)
             raise
 
-    def _estimate(self, plan: Plan, facts: Facts) -> Size:
+    def estimate(self, plan: Plan, facts: Facts) -> Size:
+        """Return what a request will probably use at most."""
         if not facts.route.charged:
             return Size(0, 0)
         learned = self._estimator
@@ -272,6 +290,8 @@ class Limiter:
             return None
         prompt = facts.counted if facts.counted is not None else facts.size // LONGEST_TOKEN
         least = Size(prompt, (facts.stated or 0) * facts.answers)
+        if least.prompt + least.output <= plan.roomy:
+            return None
         for limit, asked in zip(plan.limits, self._needs(plan, least), strict=True):
             if asked > limit.shape.capacity and not limit.cut:
                 return never_fits(limit, asked, facts.model)
@@ -283,10 +303,12 @@ class Limiter:
 
     def _draws(self, plan: Plan, size: Size) -> tuple[Draw, ...]:
         # An estimate that is more than a bucket holds takes all of it: what can never fit is refused on facts only.
-        return tuple(
-            Draw(limit.bucket, limit.shape, min(need, limit.shape.capacity))
-            for limit, need in zip(plan.limits, self._needs(plan, size), strict=True)
-        )
+        needs = amounts(size, plan.weights, plan.prices)
+        draws = []
+        for limit in plan.limits:
+            shape, need = limit.shape, needs[limit.counts]
+            draws.append(Draw(limit.bucket, shape, need if need <= shape.capacity else shape.capacity))
+        return tuple(draws)
 
     def _refuse(self, plan: Plan, facts: Facts, draws: tuple[Draw, ...], refused: Refused) -> Refusal:
         limit = plan.limits[refused.index]
@@ -358,19 +380,33 @@ class Limiter:
         return self.store.standing
 
 
+def _roomy(limit: Limit, weights: Rates, prices: Rates) -> int:
+    """Return how many tokens, of whatever kind, a whole bucket is enough for."""
+    if limit.counts is Counts.IN_FLIGHT:
+        return limit.shape.capacity // UNIT
+    if limit.counts not in (Counts.TOKENS, Counts.MONEY):
+        return NEVER
+    rates = weights if limit.counts is Counts.TOKENS else prices
+    return limit.shape.capacity // max(1, rates.input, rates.cached, rates.output, rates.reasoning)
+
+
 def _spoken(facts: Facts) -> str:
     return f"{facts.model} {facts.route.dialect.name}"
 
 
 def read_facts(
-    plan: Plan, route: Route, model: str, fields: Fields, stated: int | None, body: bytes, first: bool
+    plan: Plan,
+    route: Route,
+    model: str,
+    fields: Fields,
+    stated: int | None,
+    body: bytes,
+    media: tuple[int, int],
+    first: bool,
 ) -> Facts:
-    """Read off a body what its size can be estimated by, and who it is where a limit might refuse it."""
-    parts, size = 0, len(body)
-    if route.media_fields and (b"_url" in body or b"input_" in body or b"source" in body):
-        parts = sum(body.count(needle) for needle in _PARTS)
-        if parts and b"data:" in body:
-            size -= sum(match.end() - match.start() for match in _DATA_URL.finditer(body))
+    """Read off a body what its size can be estimated by, and who it is where a limit might refuse it. ``media``: how
+    many images and the like are in it, and their bytes."""
+    parts, size = media[0], len(body) - media[1]
     who = zlib.crc32(body, zlib.crc32(plan.who.public_id.encode())) + _NOT_ZERO if plan.limits else 0
     return Facts(route, model, fields, size, parts, _answers(route, fields), stated, _counted(fields), who, first)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from gateway.errors import Kind, Refusal
 from gateway.policy.limits import UNIT, Counts, Limit
 from gateway.policy.token_bucket import NEVER, SECOND, Bucket, Shape, spare, wait
@@ -14,6 +16,7 @@ Header = tuple[bytes, bytes]
 LONGEST_RETRY = 60.0
 """Seconds: beyond this an SDK would come back sooner than it was told, so it is told not to."""
 _FAMILIES = ((Counts.REQUESTS, b"requests"), (Counts.TOKENS, b"tokens"))
+_HEADERS = (b"limit", b"remaining", b"reset")
 _KINDS = {
     Counts.REQUESTS: Kind.TOO_MANY_REQUESTS,
     Counts.CONCURRENT: Kind.TOO_MANY_REQUESTS,
@@ -38,25 +41,36 @@ def go_duration(microseconds: int) -> str:
     return f"{minutes}m{text}" if minutes else text
 
 
-def families(limits: Sequence[Limit]) -> tuple[tuple[bytes, tuple[int, ...]], ...]:
-    """Return which limits each family of headers is about: rates on requests and on tokens, not budgets."""
+class Family(msgspec.Struct, frozen=True):
+    """One family of headers: their names, and which of the limits they are about."""
+
+    limit: bytes
+    remaining: bytes
+    reset: bytes
+    which: tuple[int, ...]
+
+
+def families(limits: Sequence[Limit]) -> tuple[Family, ...]:
+    """Return the families of headers that limits have: rates on requests and on tokens, not budgets."""
     found = []
     for counts, name in _FAMILIES:
         which = tuple(at for at, limit in enumerate(limits) if limit.counts is counts and not limit.budget)
         if which:
-            found.append((name, which))
+            limit, remaining, reset = (b"x-ratelimit-%b-%b" % (kind, name) for kind in _HEADERS)
+            found.append(Family(limit, remaining, reset, which))
     return tuple(found)
 
 
 def rate_headers(
-    about: Sequence[tuple[bytes, tuple[int, ...]]],
+    about: Sequence[Family],
     shapes: Sequence[Shape],
     buckets: Sequence[Bucket],
     standing: Standing,
 ) -> list[Header]:
     """Return `x-ratelimit-…` of the buckets with the least left, as OpenAI has them."""
     headers: list[Header] = []
-    for name, which in about:
+    for family in about:
+        which = family.which
         at = which[0]
         for other in which[1:]:
             if buckets[other].level < buckets[at].level:
@@ -65,9 +79,9 @@ def rate_headers(
         # A wait is a microsecond on the safe side.
         reset = max(0, wait(shape, bucket, shape.capacity, bucket.at) - 1)
         headers += (
-            (b"x-ratelimit-limit-" + name, b"%d" % (shape.capacity // UNIT)),
-            (b"x-ratelimit-remaining-" + name, b"%d" % max(0, bucket.level // UNIT)),
-            (b"x-ratelimit-reset-" + name, go_duration(reset).encode("ascii")),
+            (family.limit, b"%d" % (shape.capacity // UNIT)),
+            (family.remaining, b"%d" % max(0, bucket.level // UNIT)),
+            (family.reset, go_duration(reset).encode("ascii")),
         )
     if standing is not Standing.STORE:
         headers.append((b"x-forebay-limits", standing.value.encode("ascii")))

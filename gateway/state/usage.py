@@ -26,8 +26,8 @@ NANOS = 1_000_000_000
 PAGE = 1000
 """Rows that a listing holds at once."""
 STATEMENT_ROWS = 100
-"""Rows that SQLite takes in one statement: it works on them without holding the interpreter, which between rows it would
-have to win back from the event loop."""
+"""Rows that SQLite takes in one statement: it works on them without holding the interpreter, which it would have to win
+back from the event loop after each of them."""
 
 _c = usage_table.c
 
@@ -201,7 +201,8 @@ class UsageStore:
         if whole != self._second:
             # Rows come in order: the calendar is asked once a second.
             moment = datetime.fromtimestamp(whole, UTC)
-            self._second, self._day, self._prefix = whole, moment.date().isoformat(), moment.strftime("%Y-%m-%d %H:%M:%S")
+            self._second, self._day = whole, moment.date().isoformat()
+            self._prefix = moment.strftime("%Y-%m-%d %H:%M:%S")
         if self._is_sqlite:
             # The one type that SQLite does not know; this is how SQLAlchemy reads it.
             return _values(row, f"{self._prefix}.{min(int((row.at - whole) * 1e6 + 0.5), 999_999):06d}", self._day)

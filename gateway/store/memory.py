@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from gateway.policy.reservation import Need, Short, give, take
+from gateway.policy.reservation import Short, give, take
 from gateway.policy.token_bucket import Bucket, Shape, fresh, refill
 from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
 
@@ -33,13 +33,11 @@ class MemoryStore:
         """Take every draw, or none."""
         now = self._clock()
         known = self._buckets
-        needs, before = [], []
+        before = []
         for draw in draws:
-            shape = draw.shape
             found = known.get(draw.bucket)
-            before.append(fresh(shape, now) if found is None else found[1])
-            needs.append(Need(shape, draw.amount))
-        taken = take(needs, before, now, who, first=first)
+            before.append(fresh(draw.shape, now) if found is None else found[1])
+        taken = take(draws, before, now, who, first=first)
         for draw, bucket in zip(draws, taken.buckets, strict=True):
             self._keep(draw, bucket, now)
         if isinstance(taken, Short):
