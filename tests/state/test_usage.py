@@ -19,6 +19,7 @@ from gateway.state.database import StateError, usage_table
 from gateway.state.usage import (
     DIMENSIONS,
     ROW_COLUMNS,
+    STATEMENT_ROWS,
     SUMS,
     TOKENS,
     UsageRow,
@@ -93,6 +94,22 @@ def test_a_row_written_again_counts_once(store: UsageStore) -> None:
     store.insert([row(2, tokens_in=7), row(3, tokens_in=1), row(3, tokens_in=1)])
     assert store.sums((), Wanted())[0]["requests"] == 3
     assert store.sums((), Wanted())[0]["tokens_in"] == 13
+
+
+@pytest.mark.parametrize("count", [STATEMENT_ROWS - 1, STATEMENT_ROWS, 2 * STATEMENT_ROWS + 7])
+def test_many_rows_are_stored_each_once_and_in_its_own_columns(store: UsageStore, count: int) -> None:
+    rows = [row(number, NOON + timedelta(milliseconds=number), tokens_in=number) for number in range(count)]
+    assert store.insert([rows[3]]) == 0
+    assert store.insert(rows) == 0
+    assert [store.find(one.request_id) for one in rows] == rows
+    assert store.sums((), Wanted())[0]["requests"] == count
+
+
+def test_one_bad_row_among_hundreds_keeps_no_other_out(store: UsageStore) -> None:
+    rows = [row(number) for number in range(STATEMENT_ROWS + 1)]
+    rows[STATEMENT_ROWS // 2] = row(10**6, status=None)
+    assert store.insert(rows) == 1
+    assert store.sums((), Wanted())[0]["requests"] == STATEMENT_ROWS
 
 
 def test_whatever_an_engine_claims_fits(store: UsageStore) -> None:
