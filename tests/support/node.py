@@ -95,12 +95,14 @@ class Client:
             text=True,
         )
 
-    async def run(self, base_url: str, api_key: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Run calls one after the other and return name → result, as described in ``run.mjs``.
+    async def run(
+        self, base_url: str, api_key: str, calls: Sequence[dict[str, Any]], *, together: bool = False
+    ) -> dict[str, Any]:
+        """Run calls one after the other, or at once, and return name → result, as described in ``run.mjs``.
 
         ``base_url`` ends with ``/v1``. Raises ``NodeError`` with what the program wrote to standard error.
         """
-        line = json.dumps({"baseURL": base_url, "apiKey": api_key, "calls": list(calls)})
+        line = json.dumps({"baseURL": base_url, "apiKey": api_key, "calls": list(calls), "together": together})
         giving_up = asyncio.get_running_loop().call_later(RUN_TIMEOUT, self._process.kill)
         # On a thread: what it calls is served by this loop.
         answer = await asyncio.to_thread(self._ask, line)

@@ -1,14 +1,14 @@
 // Runs calls with the official openai client for Node and prints what an application would have seen.
 //
-// Standard input: lines of JSON {baseURL, apiKey, calls}; baseURL ends with /v1. Each line gets one line in answer.
-// calls: a list of {name, resource, body?, apiKey?, stopAfter?}.
+// Standard input: lines of JSON {baseURL, apiKey, calls, together?}; baseURL ends with /v1. Each line gets one line in
+// answer. The calls are made one after the other, or all at once when `together` is true; each has a client of its own.
+// calls: a list of {name, resource, body?, apiKey?, stopAfter?, maxRetries?}.
 //   resource   "chat", "completions", "responses" or "models"
 //   body       what the application passes to create(); its `stream` decides how the answer is read
 //   apiKey     another key than that of the line
 //   stopAfter  leave a stream after that many chunks, as an application does with `break`
+//   maxRetries how often the client tries again by itself; 0 unless given, so that one call is one request
 // Standard output, for each line: a JSON object name -> {value} | {chunks} | {chunks?, error}.
-//
-// Retries are off, so that one call is one request.
 
 import OpenAI from "openai";
 import { createInterface } from "node:readline";
@@ -17,7 +17,7 @@ function clientFor(server, call) {
   return new OpenAI({
     baseURL: server.baseURL,
     apiKey: call.apiKey ?? server.apiKey,
-    maxRetries: 0,
+    maxRetries: call.maxRetries ?? 0,
   });
 }
 
@@ -75,10 +75,18 @@ async function run(server, call) {
 }
 
 for await (const line of createInterface({ input: process.stdin })) {
-  const { calls, ...server } = JSON.parse(line);
+  const { calls, together, ...server } = JSON.parse(line);
   const results = {};
+  const running = [];
   for (const call of calls) {
-    results[call.name] = await run(server, call);
+    const done = run(server, call).then((result) => {
+      results[call.name] = result;
+    });
+    running.push(done);
+    if (!together) {
+      await done;
+    }
   }
+  await Promise.all(running);
   process.stdout.write(`${JSON.stringify(results)}\n`);
 }
