@@ -32,7 +32,11 @@ alike_or_not = pytest.mark.parametrize("alike", [False, True], ids=["bodies of t
 
 @asynccontextmanager
 async def contended(upstream: ScriptedUpstream, folder: Path, rate: str, burst: int) -> AsyncIterator[str]:
-    """Serve ``burst`` of the clients at once and the others at ``rate``; nobody may come before its time."""
+    """Serve ``burst`` of the clients at once and the others at ``rate``; nobody may come before its time.
+
+    A bucket keeps what it promised until it is full: with a burst of some tenths of a second a busy machine may hold
+    the clients up for so long.
+    """
     upstream.always(json_answer(json.dumps(ANSWER).encode()), path=CHAT)
     limits = Limits.model_validate({"defaults": {"key": {"requests": {"rate": rate, "burst": burst}}}})
     replica = Replica(settings_for("protocol", folder, [upstream], limits=limits), None, time.monotonic, microseconds)
@@ -56,7 +60,7 @@ async def test_every_client_of_a_hundred_is_served_at_the_time_it_was_promised(
 ) -> None:
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-    async with contended(upstream, tmp_path, "120/s", 10) as base_url:
+    async with contended(upstream, tmp_path, "60/s", 40) as base_url:
         plain = DefaultAsyncHttpxClient(verify=False)
         async with AsyncOpenAI(base_url=base_url, api_key=KEY, max_retries=RETRIES, http_client=plain) as client:
 
@@ -65,15 +69,14 @@ async def test_every_client_of_a_hundred_is_served_at_the_time_it_was_promised(
                 return str(answer.model)
 
             answers = await asyncio.gather(*(ask(number) for number in range(CLIENTS)), return_exceptions=True)
-    assert sum(answer == MODEL for answer in answers) >= 99
+    failed = [answer for answer in answers if answer != MODEL]
+    assert len(failed) <= 1, failed
 
 
 async def test_every_client_for_node_of_a_hundred_is_served_at_the_time_it_was_promised(
     upstream: ScriptedUpstream, node_client: node.Client, tmp_path: Path
 ) -> None:
-    """Half of the bodies are the same. Unlike the other SDK's clients these are a process of their own, which a busy
-    machine holds up; a bucket keeps what it promised until it is full, so here that takes a second.
-    """
+    """Half of the bodies are the same."""
     calls = [
         {"name": f"{number}", "resource": "chat", "body": body_of(number, number % 2 == 0), "maxRetries": RETRIES}
         for number in range(CLIENTS)
