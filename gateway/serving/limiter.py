@@ -159,7 +159,9 @@ class Hold:
             else:
                 keeps = charged[counts]
             lines.append((limit.bucket, counted, draw.amount, keeps))
-            if keeps != draw.amount:
+            if not keeps:
+                back.append(draw)
+            elif keeps != draw.amount:
                 back.append(Draw(draw.bucket, draw.shape, draw.amount - keeps))
         if back:
             self._limiter.store.settle(back)

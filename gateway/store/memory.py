@@ -36,10 +36,14 @@ class MemoryStore:
         before = []
         for draw in draws:
             found = known.get(draw.bucket)
-            before.append(fresh(draw.shape, now) if found is None else found[1])
+            if found is None:
+                self._make_room(now)
+                before.append(fresh(draw.shape, now))
+            else:
+                before.append(found[1])
         taken = take(draws, before, now, who, first=first)
         for draw, bucket in zip(draws, taken.buckets, strict=True):
-            self._keep(draw, bucket, now)
+            known[draw.bucket] = draw.shape, bucket
         if isinstance(taken, Short):
             return Refused(taken.buckets, taken.index, taken.wait, taken.early)
         return Granted(taken.buckets)
@@ -48,9 +52,12 @@ class MemoryStore:
         """Give back at once."""
         now = self._clock()
         for draw in draws:
+            shape = draw.shape
             found = self._buckets.get(draw.bucket)
-            bucket = fresh(draw.shape, now) if found is None else found[1]
-            self._keep(draw, give(draw.shape, bucket, draw.amount, now), now)
+            if found is None:
+                self._make_room(now)
+            bucket = fresh(shape, now) if found is None else found[1]
+            self._buckets[draw.bucket] = shape, give(shape, bucket, draw.amount, now)
 
     async def look(self, draws: Sequence[Draw]) -> tuple[Bucket, ...]:
         """Return what the buckets hold now."""
@@ -64,15 +71,11 @@ class MemoryStore:
     async def stop(self) -> None:
         """Nothing outlives the process."""
 
-    def _keep(self, draw: Draw, bucket: Bucket, now: int) -> None:
-        known = self._buckets
-        if draw.bucket not in known and len(known) >= self._most:
-            self._forget(now)
-        known[draw.bucket] = (draw.shape, bucket)
-
-    def _forget(self, now: int) -> None:
+    def _make_room(self, now: int) -> None:
         """Forget what a new bucket would be like; past twice the bound the oldest, whatever they hold."""
         known = self._buckets
+        if len(known) < self._most:
+            return
         for name in list(islice(known, _LOOKED_AT)):
             shape, bucket = known.pop(name)
             there = refill(shape, bucket, now)
