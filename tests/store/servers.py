@@ -19,7 +19,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from tests.support.sockets import free_port
-from tests.support.tls import AUTHORITY, LOCALHOST
+from tests.support.tls import server_context
 
 PATIENCE = 20.0
 """Seconds for a server to do what it was told, on any machine."""
@@ -38,9 +38,8 @@ def program() -> str:
 class Server:
     """One server process on a loopback port, without persistence; killed with its directory."""
 
-    def __init__(self, *options: str, tls: bool = False, sentinel_of: Server | None = None) -> None:
+    def __init__(self, *options: str, sentinel_of: Server | None = None) -> None:
         self.port = free_port()
-        self.tls = tls
         self._directory = tempfile.mkdtemp(prefix="forebay-redis-")
         self.socket = f"{self._directory}/s"
         self._sentinel_of = sentinel_of
@@ -49,7 +48,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"{'rediss' if self.tls else 'redis'}://127.0.0.1:{self.port}"
+        return f"redis://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -60,7 +59,7 @@ class Server:
         """Start, empty, and return when it answers."""
         command = [program(), "-"]
         config = [
-            f"port {0 if self.tls else self.port}",
+            f"port {self.port}",
             "bind 127.0.0.1",
             f"dir {self._directory}",
             'save ""',
@@ -70,14 +69,6 @@ class Server:
             f"unixsocket {self.socket}",
             *self._options,
         ]
-        if self.tls:
-            config += [
-                f"tls-port {self.port}",
-                f"tls-cert-file {LOCALHOST}",
-                f"tls-key-file {LOCALHOST}",
-                f"tls-ca-cert-file {AUTHORITY}",
-                "tls-auth-clients no",
-            ]
         if self._sentinel_of is not None:
             # A sentinel rewrites its configuration, so it needs a file.
             path = Path(self._directory, "sentinel.conf")
@@ -106,13 +97,7 @@ class Server:
     @contextmanager
     def client(self) -> Iterator[redis.Redis]:
         """A plain client, for what a test does to the server behind the store's back."""
-        client = redis.Redis(
-            port=self.port,
-            ssl=self.tls,
-            ssl_ca_certs=str(AUTHORITY) if self.tls else None,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),
-        )
+        client = redis.Redis(port=self.port, protocol=2, retry=Retry(NoBackoff(), 0))
         try:
             yield client
         finally:
@@ -143,10 +128,12 @@ class Server:
 
 
 class Deaf:
-    """A way to a server on which commands arrive; answers do not, while ``deaf``."""
+    """A way to a server on which commands arrive; answers do not, while ``deaf``. With ``tls`` it is encrypted, which
+    not every server can do itself."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *, tls: bool = False) -> None:
         self._server = server
+        self._tls = tls
         self._writers: list[asyncio.StreamWriter] = []
         self._listener: asyncio.Server | None = None
         self._port = free_port()
@@ -154,10 +141,11 @@ class Deaf:
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self._port}"
+        return f"{'rediss' if self._tls else 'redis'}://127.0.0.1:{self._port}"
 
     async def __aenter__(self) -> Deaf:
-        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        context = server_context() if self._tls else None
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", self._port, ssl=context)
         return self
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -14,7 +14,7 @@ from gateway.policy.token_bucket import rate_shape
 from gateway.redis_url import read_url
 from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
 from gateway.store.redis import Mode, RedisStore
-from tests.store.servers import Server, until
+from tests.store.servers import Deaf, Server, until
 from tests.support.tls import AUTHORITY
 
 DRAWS = (Draw("a", rate_shape(600, 60), 1000),)
@@ -32,8 +32,8 @@ async def reserve(store: RedisStore) -> Verdict:
 
 
 @contextmanager
-def a_server(*options: str, tls: bool = False, sentinel_of: Server | None = None) -> Iterator[Server]:
-    server = Server(*options, tls=tls, sentinel_of=sentinel_of)
+def a_server(*options: str, sentinel_of: Server | None = None) -> Iterator[Server]:
+    server = Server(*options, sentinel_of=sentinel_of)
     server.start()
     try:
         yield server
@@ -41,11 +41,12 @@ def a_server(*options: str, tls: bool = False, sentinel_of: Server | None = None
         server.close()
 
 
-async def test_every_kind_of_url_is_a_way_in() -> None:
+async def test_every_kind_of_url_is_a_way_in(shared_server: Server) -> None:
     """A user with no rights but ours; TLS by a given authority; a socket in the file system; a database."""
     ours = "~{forebay}* +evalsha +eval +script|load +select +get +set +time +zscore +zremrangebyscore +zadd +pexpire"
     user = f"user forebay on >pa:ss@w/rd {ours} +zrem +zcount +zrangebyscore +hget +hset +hdel +hgetall"
-    with a_server(tls=True) as encrypted, a_server(user) as guarded:
+    with a_server(user) as guarded:
+        encrypted = Deaf(shared_server, tls=True)
         urls = (
             (encrypted.url, str(AUTHORITY)),
             (f"{encrypted.url}?ssl_ca_certs={AUTHORITY}", None),
@@ -53,13 +54,14 @@ async def test_every_kind_of_url_is_a_way_in() -> None:
             (f"unix://forebay:pa%3Ass%40w%2Frd@{guarded.socket}", None),
             (f"{guarded.url}/3", None),
         )
-        for url, ca in urls:
-            store = a_store(url, ca=ca)
-            await store.start()
-            verdict = await reserve(store)
-            assert isinstance(verdict, Granted)
-            assert verdict.standing is Standing.STORE, url
-            await store.stop()
+        async with encrypted:
+            for url, ca in urls:
+                store = a_store(url, ca=ca)
+                await store.start()
+                verdict = await reserve(store)
+                assert isinstance(verdict, Granted)
+                assert verdict.standing is Standing.STORE, url
+                await store.stop()
 
 
 async def test_a_wrong_password_is_a_standing_and_never_shown(caplog: pytest.LogCaptureFixture) -> None:
