@@ -3,7 +3,7 @@
 Rule 1: a refusal changes no level. What it leaves is a promise: the time it was told, and that what the request needs
         then is kept for it until a little later. A promise is asked for by ``who`` (not 0).
 Rule 2: newcomers get what nobody was promised; who comes back in time gets what only those before it were promised.
-Rule 3: what is given back may be less than nothing: that is a debt, which the refill pays.
+Rule 3: what is given back may be less than nothing: that is a debt, which the refill pays; it ends at ``LARGEST``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 
 import msgspec
 
-from gateway.policy.token_bucket import NEVER, SECOND, Bucket, Promise, Shape, refill, spare, wait
+from gateway.policy.token_bucket import LARGEST, NEVER, SECOND, Bucket, Promise, Shape, refill, spare, wait
 
 GRACE = 2 * SECOND
 """How much later than promised somebody may come back."""
@@ -118,7 +118,7 @@ def _take_plainly(needs: Sequence[Asking], buckets: Sequence[Bucket], now: int) 
 def give(shape: Shape, bucket: Bucket, amount: int, now: int) -> Bucket:
     """Return a bucket to which ``amount`` was given back; below zero, it is taken even where that is a debt."""
     bucket = refill(shape, bucket, now)
-    level = min(bucket.level + amount, 0 if shape.slots else shape.capacity)
+    level = max(min(bucket.level + amount, 0 if shape.slots else shape.capacity), -LARGEST)
     return Bucket(level, bucket.at, bucket.part, bucket.epoch, bucket.promises)
 
 

@@ -3,7 +3,7 @@
 Rule 1: levels are whole numbers of 1/1000 (of a request, a token, a micro-dollar), times are whole microseconds, and
         every product stays below 2⁵³: the same arithmetic in Lua, whose numbers are doubles, gives the same results.
 Rule 2: what refills in part is kept as a fraction: over any time exactly burst + rate * time comes out, to the unit.
-Rule 3: a clock that steps back changes nothing.
+Rule 3: a clock that steps back changes nothing, until it has caught up; one that steps far back was wrong before.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ LARGEST = 2**52
 """Units a bucket may hold; with Rule 1's split products no intermediate reaches 2⁵³."""
 NEVER = 2**53
 """A wait without an end."""
+STEP = 60 * SECOND
+"""A clock that is further back than this will not be waited for: nothing would refill all the time."""
 
 
 class Shape(msgspec.Struct, frozen=True, gc=False):
@@ -97,6 +99,8 @@ def refill(shape: Shape, bucket: Bucket, now: int) -> Bucket:
         # A debt is paid back out of the next period, what was left over is not carried on.
         level, part, epoch = shape.capacity + min(level, 0), 0, begins
     elapsed = now - bucket.at
+    if elapsed < -STEP:
+        return Bucket(level, now, part, epoch)
     if elapsed <= 0:
         return bucket if epoch == bucket.epoch else Bucket(level, bucket.at, part, epoch, bucket.promises)
     rate, per = shape.rate, shape.per

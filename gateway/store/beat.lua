@@ -1,6 +1,11 @@
--- A replica says that it lives and how many slots it holds; with a higher fence, that its older calls are void.
+-- A replica says that it lives and how many slots it holds; with a higher fence, that its older calls are void: this
+-- one, too, if it comes late.
 -- KEYS generation, replicas, this replica's record, buckets of slots...
 -- ARGV now, known generation, replica, fence, lifetime in microseconds (0: it leaves), needs... (`amount` is held)
+local fence = tonumber(redis.call('HGET', KEYS[3], 'fence') or '0')
+if fence > tonumber(ARGV[4]) then
+  return 'void'
+end
 local id, since = generation(KEYS[1], ARGV[2])
 local lifetime = tonumber(ARGV[5])
 local before = tonumber(redis.call('ZSCORE', KEYS[2], replica) or '0')
@@ -11,7 +16,7 @@ if lifetime > 0 then
 else
   redis.call('ZREM', KEYS[2], replica)
 end
-if tonumber(redis.call('HGET', KEYS[3], 'fence') or '0') < tonumber(ARGV[4]) then
+if fence < tonumber(ARGV[4]) then
   redis.call('HSET', KEYS[3], 'fence', ARGV[4])
 end
 redis.call('PEXPIRE', KEYS[3], DAY)

@@ -3,9 +3,12 @@
 -- Rule 2: a rate's bucket is one string, "level at part epoch" and four words a promise. One of slots is a hash: what
 --         each replica holds, counted while that replica lives, and the promises.
 -- Rule 3: a key expires when a bucket nobody has drawn on would be the same.
-local NEVER, GRACE, FARTHEST, MOST_PROMISES = 9007199254740992, 2000000, 60000000, 256
+-- Rule 4: a key that holds anything else is as good as none: an error would keep all that travels with it for ever.
+local NEVER, LARGEST, GRACE, FARTHEST, MOST_PROMISES = 9007199254740992, 4503599627370496, 2000000, 60000000, 256
+local STEP = 60000000
 local DAY = 86400000
-local WORDS, floor, fmod, min, max = '%S+', math.floor, math.fmod, math.min, math.max
+local WORDS, STATE, PROMISE = '%S+', '^(-?%d+) (%d+) (%d+) (%d+)(.*)$', '(%d+) (%d+) (%d+) (%d+)'
+local floor, fmod, min, max = math.floor, math.fmod, math.min, math.max
 local injected = ARGV[1] ~= ''
 local replica = ARGV[3]
 local now
@@ -27,10 +30,12 @@ end
 -- Which generation of buckets this is, and since when what is missing is empty (0: what is missing is full). A store
 -- that has forgotten a generation somebody knows has lost what it held.
 local function generation(key, known)
-  local found = redis.call('GET', key)
+  local found = redis.pcall('GET', key)
   local id, since
   if found then
-    id, since = string.match(found, '(%d+) (%d+)')
+    id, since = string.match(type(found) == 'string' and found or '', '^(%d+) (%d+)$')
+  end
+  if id then
     if known == '' or known == id or since ~= '0' then
       return id, tonumber(since)
     end
@@ -68,14 +73,10 @@ local function parse(words)
   }
 end
 
-local function read_promises(next_word)
+local function read_promises(words)
   local promises = {}
-  local due = next_word()
-  while due do
-    promises[#promises + 1] = {
-      due = tonumber(due), till = tonumber(next_word()), amount = tonumber(next_word()), who = next_word(),
-    }
-    due = next_word()
+  for due, till, amount, who in string.gmatch(words, PROMISE) do
+    promises[#promises + 1] = {due = tonumber(due), till = tonumber(till), amount = tonumber(amount), who = who}
   end
   return promises
 end
@@ -105,6 +106,9 @@ local function refill(shape, bucket)
   end
   local elapsed = now - bucket.at
   if elapsed <= 0 then
+    if elapsed < -STEP then
+      bucket.at, bucket.promises = now, {}
+    end
     return
   end
   if shape.rate > 0 and bucket.level < shape.capacity then
@@ -142,18 +146,22 @@ end
 
 local function load_slots(key, shape, replicas)
   local bucket = fresh(shape, 0)
-  local fields = redis.call('HGETALL', key)
+  local fields = redis.pcall('HGETALL', key)
+  if fields.err then
+    redis.call('DEL', key)
+    return bucket
+  end
   for i = 1, #fields, 2 do
     local name, value = fields[i], fields[i + 1]
     if name == 'promises' then
-      bucket.promises = read_promises(string.gmatch(value, WORDS))
+      bucket.promises = read_promises(value)
     else
-      local holder = string.sub(name, 3)
-      if holder == replica then
-        bucket.mine = tonumber(value)
-        bucket.level = bucket.level - bucket.mine
-      elseif is_alive(holder, replicas) then
-        bucket.level = bucket.level - tonumber(value)
+      local holder, held = string.sub(name, 3), tonumber(string.match(value, '^%d+$'))
+      if held and holder == replica then
+        bucket.mine = held
+        bucket.level = bucket.level - held
+      elseif held and is_alive(holder, replicas) then
+        bucket.level = bucket.level - held
       else
         redis.call('HDEL', key, name)
       end
@@ -166,14 +174,14 @@ local function load(key, shape, since, replicas)
   if shape.slots then
     return load_slots(key, shape, replicas)
   end
-  local found = redis.call('GET', key)
-  if not found then
+  local found = redis.pcall('GET', key)
+  local level, at, part, epoch, rest = string.match(type(found) == 'string' and found or '', STATE)
+  if not level then
     return fresh(shape, since)
   end
-  local next_word = string.gmatch(found, WORDS)
   return {
-    level = tonumber(next_word()), at = tonumber(next_word()), part = tonumber(next_word()),
-    epoch = tonumber(next_word()), promises = read_promises(next_word),
+    level = tonumber(level), at = tonumber(at), part = tonumber(part), epoch = tonumber(epoch),
+    promises = rest ~= '' and read_promises(rest) or {},
   }
 end
 
@@ -240,11 +248,11 @@ end
 local function give(shape, bucket, amount)
   refill(shape, bucket)
   if shape.slots then
-    local level = min(bucket.level + amount, 0)
+    local level = max(min(bucket.level + amount, 0), -LARGEST)
     bucket.mine = max(0, bucket.mine - (level - bucket.level))
     bucket.level = level
   else
-    bucket.level = min(bucket.level + amount, shape.capacity)
+    bucket.level = max(min(bucket.level + amount, shape.capacity), -LARGEST)
   end
 end
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gateway.policy.reservation import FARTHEST, GRACE, MOST_PROMISES, Need, Short, Taken, give, take
-from gateway.policy.token_bucket import NEVER, SECOND, Bucket, Shape, fresh, rate_shape, refill
+from gateway.policy.token_bucket import LARGEST, NEVER, SECOND, STEP, Bucket, Shape, fresh, rate_shape, refill
 
 NOW = 1_790_000_000 * SECOND
 MINUTE = rate_shape(60, 60)
@@ -45,7 +45,8 @@ class AnySequence(RuleBasedStateMachine):
 
     @rule(move=st.integers(-3 * SECOND, 20 * SECOND))
     def clock(self, move: int) -> None:
-        self.now += move
+        # What is further back was wrong before, see below.
+        self.now = max(self.now + move, self.latest - STEP)
 
     @rule(
         amounts=st.tuples(st.integers(0, 6000), st.integers(0, 6000), st.integers(0, 2000)),
@@ -221,3 +222,22 @@ def test_under_any_contention_each_succeeds_at_the_time_it_was_promised(arrivals
         if isinstance(result, Short) and result.wait <= FARTHEST:
             assert refusals == 0
             waiting.append((now + result.wait, who, amount, 1))
+
+
+def test_a_clock_that_was_far_ahead_keeps_nobody_waiting_for_it() -> None:
+    """Nothing refills twice while it is back a little; further back, it goes on from there, once."""
+    ahead = Bucket(0, NOW + STEP)
+    assert short(take([need(1)], (ahead,), NOW, who=1)).wait == STEP + SECOND + 1
+    (told,) = short(take([need(1)], (ahead,), NOW - 1, who=1)).buckets
+    assert told == Bucket(0, NOW - 1, promises=told.promises)
+    assert short(take([need(1)], (told,), NOW + SECOND, who=2)).buckets[0].level == 1000
+    promised = Bucket(
+        1000, NOW + STEP, promises=short(take([need(1)], (ahead,), NOW + STEP, who=3)).buckets[0].promises
+    )
+    assert taken(take([need(1)], (promised,), NOW - 1)), "nobody comes back at a time that was wrong"
+
+
+def test_a_debt_has_an_end() -> None:
+    owing = give(MINUTE, give(MINUTE, fresh(MINUTE, NOW), -(10**30), NOW), -1, NOW)
+    assert owing.level == -LARGEST
+    assert give(MINUTE, owing, 10**30, NOW).level == MINUTE.capacity

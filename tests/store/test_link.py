@@ -44,7 +44,7 @@ def a_server(*options: str, sentinel_of: Server | None = None) -> Iterator[Serve
 async def test_every_kind_of_url_is_a_way_in(shared_server: Server) -> None:
     """A user with no rights but ours; TLS by a given authority; a socket in the file system; a database."""
     ours = "~{forebay}* +evalsha +eval +script|load +select +get +set +time +zscore +zremrangebyscore +zadd +pexpire"
-    user = f"user forebay on >pa:ss@w/rd {ours} +zrem +zcount +zrangebyscore +hget +hset +hdel +hgetall"
+    user = f"user forebay on >pa:ss@w/rd {ours} +del +zrem +zcount +zrangebyscore +hget +hset +hdel +hgetall"
     with a_server(user) as guarded:
         encrypted = Deaf(shared_server, tls=True)
         urls = (

@@ -67,7 +67,9 @@ steps = st.one_of(
         st.integers(1, 20),
     ),
     st.builds(Give, st.integers(0, 2), st.integers(-(10**13), 10**6)),
+    st.builds(Give, st.integers(0, 2), st.integers(-(10**20), 10**20)),
     st.integers(-3 * SECOND, 20 * SECOND),
+    st.integers(-70 * SECOND, 0),
     st.integers(0, 40 * 86_400 * SECOND),
 )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from gateway.policy.token_bucket import SECOND, Shape, rate_shape
+from gateway.policy.token_bucket import LARGEST, NEVER, SECOND, STEP, Shape, rate_shape
 from gateway.store.scripts import BEAT, GIVE, LOOK, TAKE, UNDO, Script, Told, need_words, parse
 from tests.store.servers import Server
 
@@ -170,3 +170,80 @@ def test_a_key_lives_until_a_new_bucket_would_be_the_same(one: Replica) -> None:
     lives = one.client.pttl(f"{one.space}:s")
     assert isinstance(lives, int)
     assert 0 < lives <= 86_400_000
+
+
+def test_what_a_former_connection_said_of_slots_is_void(one: Replica, two: Replica) -> None:
+    """A server that was frozen may read it after what the next connection said."""
+    one.fence = 2
+    assert one.beat({"s": need_words(SLOTS, 1000)}).status == "new"
+    one.fence = 1
+    for late in (4000, 0):
+        assert one.beat({"s": need_words(SLOTS, late)}).status == "void"
+        assert two.level("s", SLOTS) == -1000
+
+
+@pytest.mark.parametrize("spoilt", ["word", "half", "other kind", "nothing"])
+@pytest.mark.parametrize("shape", [RATE, SLOTS])
+def test_a_key_that_holds_something_else_is_a_new_bucket(one: Replica, spoilt: str, shape: Shape) -> None:
+    """It must not keep everything else that is carried on together with it."""
+    key = f"{one.space}:x"
+
+    def spoil() -> None:
+        one.client.delete(key)
+        if (spoilt == "other kind" and shape.slots) or spoilt in ("word", "half", "nothing"):
+            one.client.set(key, {"word": "a b c d", "half": "12 5", "nothing": ""}.get(spoilt, "1 2 3 4"))
+        else:
+            one.client.hset(key, "r:two", "x")
+
+    spoil()
+    assert one.call(LOOK, [""], {"x": need_words(shape)}).buckets[0].level == (0 if shape.slots else shape.capacity)
+    spoil()
+    assert one.take("1", {"x": need_words(shape, 1000), "a": need_words(FIXED, 1000)}).status == "taken"
+    spoil()
+    assert one.give(1, {"x": need_words(shape, back=0), "a": need_words(FIXED, back=1000)}).status == "given"
+    spoil()
+    assert one.undo("1", {"x": need_words(shape), "a": need_words(FIXED)}).status == "undone"
+    spoil()
+    if shape.slots:
+        assert one.beat({"x": need_words(shape, 1000)}).status == "new"
+        assert one.level("x", shape) == -1000
+    assert one.level("a", FIXED) == 10**6
+
+
+def test_slots_nobody_can_read_are_nobodys(one: Replica, two: Replica) -> None:
+    one.beat()
+    two.beat()
+    one.client.hset(f"{one.space}:s", mapping={"r:two": "x", "r:one": "y", "promises": "1 2"})
+    assert one.level("s", SLOTS) == 0
+    assert one.take("1", {"s": need_words(SLOTS, 1000)}).status == "taken"
+    assert two.level("s", SLOTS) == -1000
+
+
+def test_a_generation_nobody_can_read_is_a_lost_one(one: Replica) -> None:
+    one.known = one.beat().generation
+    key = f"{one.space}:generation"
+    for spoil in (lambda: one.client.set(key, "x"), lambda: one.client.hset(key, "x", "y")):
+        one.client.delete(key)
+        spoil()
+        assert one.level("a", RATE) == 0
+
+
+def test_a_debt_has_an_end(one: Replica) -> None:
+    """What an engine says it used may be anything; the arithmetic stays exact."""
+    for number in range(3):
+        one.give(number + 1, {"a": need_words(RATE, back=-(10**25))})
+    assert one.level("a", RATE) == -LARGEST
+    one.now = NOW + 60 * SECOND
+    assert one.level("a", RATE) == -LARGEST + 60_000
+    assert one.take("9", {"a": need_words(RATE, 1000)}).wait <= NEVER
+
+
+def test_a_server_whose_clock_was_far_ahead_goes_on_by_the_right_one(one: Replica) -> None:
+    """As after a failover to a machine with another clock. A little is waited for: it might step again."""
+    one.take("1", {"a": need_words(RATE, 60_000)})
+    one.now = NOW - STEP
+    assert one.take("2", {"a": need_words(RATE, 1000)}).wait == STEP + SECOND + 1
+    one.now = NOW - 3600 * SECOND
+    assert one.take("3", {"a": need_words(RATE, 1000)}).wait == SECOND + 1
+    one.now += SECOND
+    assert one.take("4", {"a": need_words(RATE, 1000)}).status == "taken"
