@@ -146,7 +146,8 @@ class Link:
             try:
                 async with asyncio.timeout(OPENING):
                     connection = await self._open()
-            except (RedisError, OSError, TimeoutError, ValueError) as error:
+            except Exception as error:
+                # Whatever it is, it is tried again.
                 self._seed += 1
                 self.trouble = type(error).__name__
                 _log.debug("no connection to %s: %s", self._target, self.trouble)
@@ -179,22 +180,26 @@ class Link:
     async def _read(self, connection: Any) -> None:
         """Hand on the answers until there will be no more."""
         flight = self._flight
-        while True:
+        # Whoever is told may give the connection up; what else has been read then is nobody's answer.
+        while self._connection is connection:
             try:
-                answer = await connection.read_response(disable_decoding=True)
+                told = parse(await connection.read_response(disable_decoding=True))
             except NoScriptError:
                 call = flight.popleft()
                 connection._writer.write(call.packed(whole=True))
                 flight.append(call)
                 continue
             except MovedError as moved:
-                self._moved = (moved.host, moved.port)
+                # A node that does not know its own name sends none.
+                self._moved = (moved.host or connection.host, moved.port)
                 return
-            except (RedisError, OSError) as error:
+            except Exception as error:
+                # Also what no server of ours would say.
                 self.trouble = type(error).__name__
                 _log.debug("the connection to %s ended: %s", self._target, self.trouble)
                 return
-            flight.popleft().done(parse(answer))
+            if self._connection is connection:
+                flight.popleft().done(told)
 
     async def _find(self) -> Address | None:
         target = self._target

@@ -392,7 +392,7 @@ class RedisStore:
         self._call(BEAT, list(self._slots_said), (str(LIFETIME), *needs), self._heal)
 
     def _note_healing(self, told: Told | None) -> None:
-        if told is not None:
+        if told is not None and told.status != "void":
             self._generation = told.generation
 
     def _undone(self, taking: _Taking, told: Told | None) -> None:
@@ -418,6 +418,9 @@ class RedisStore:
 
     def _heal(self, told: Told | None) -> None:
         if told is None:
+            return
+        if told.status == "void":
+            self._link.drop()
             return
         now = self._now()
         self._beaten = asyncio.get_running_loop().time()
@@ -518,8 +521,9 @@ class RedisStore:
     def _beat(self, told: Told | None) -> None:
         if told is None:
             return
-        self._note(told)
-        if told.status == "new":
+        if told.status != "void":
+            self._note(told)
+        if told.status != "known":
             # Others took this replica for dead and its slots for free.
             self._link.drop()
 

@@ -67,7 +67,8 @@ def pack(words: Sequence[str | bytes]) -> bytes:
     """Return one command in the server's protocol."""
     parts: list[bytes] = [b"*%d\r\n" % len(words)]
     for word in words:
-        raw = word.encode() if isinstance(word, str) else word
+        # A name that is no text has its own bytes, too.
+        raw = word.encode(errors="surrogatepass") if isinstance(word, str) else word
         parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
     return b"".join(parts)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -32,3 +34,13 @@ def own_server() -> Iterator[Server]:
     server.start()
     yield server
     server.close()
+
+
+@pytest.fixture
+async def unhandled() -> AsyncIterator[list[str]]:
+    """What nobody has caught."""
+    found: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: found.append(str(context)))
+    yield found
+    gc.collect()
+    assert found == []

@@ -176,6 +176,37 @@ class Deaf:
         await self._listener.wait_closed()
 
 
+class Odd:
+    """What answers like no server should: every script, or question for a master, with the same bytes."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._answer = answer
+        self._listener: asyncio.Server | None = None
+        self._writers: list[asyncio.StreamWriter] = []
+        self.port = free_port()
+        self.met = 0
+
+    async def __aenter__(self) -> Odd:
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        return self
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.met += 1
+        self._writers.append(writer)
+        with suppress(OSError):
+            while data := await reader.read(1 << 20):
+                asked = data.count(b"\r\nEVALSHA\r\n") + data.count(b"\r\nSENTINEL\r\n")
+                writer.write(b"+OK\r\n" * data.count(b"\r\nLOAD\r\n") + self._answer * asked)
+        writer.close()
+
+    async def __aexit__(self, *exception: object) -> None:
+        assert self._listener is not None
+        self._listener.close()
+        for writer in self._writers:
+            writer.close()
+        await self._listener.wait_closed()
+
+
 async def until(condition: object, what: str = "") -> None:
     """Wait until a condition (a function) holds, within everybody's patience."""
     assert callable(condition)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import redis
+from redis.crc import key_slot
 
-from gateway.policy.token_bucket import rate_shape
+from gateway.policy.token_bucket import Shape, rate_shape
 from gateway.redis_url import read_url
 from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
 from gateway.store.redis import Mode, RedisStore
-from tests.store.servers import Deaf, Server, until
+from tests.store.servers import Deaf, Odd, Server, until
 from tests.support.tls import AUTHORITY
 
 DRAWS = (Draw("a", rate_shape(600, 60), 1000),)
@@ -26,8 +27,8 @@ def a_store(url: str, timeout: float = 2.0, ca: str | None = None) -> RedisStore
     )
 
 
-async def reserve(store: RedisStore) -> Verdict:
-    verdict = store.reserve(DRAWS, 1)
+async def reserve(store: RedisStore, draws: Sequence[Draw] = DRAWS) -> Verdict:
+    verdict = store.reserve(draws, 1)
     return verdict if isinstance(verdict, Granted | Refused) else await verdict
 
 
@@ -124,6 +125,20 @@ async def test_scripts_the_server_forgot_are_sent_again(own_server: Server) -> N
     await store.stop()
 
 
+@pytest.mark.usefixtures("unhandled")
+async def test_answers_of_a_server_that_was_emptied_are_each_their_own_calls(own_server: Server) -> None:
+    """The first of them ends the connection, the others have come with it."""
+    store = a_store(own_server.url)
+    await store.start()
+    own_server.command("FLUSHALL")
+    asked = [(Draw(f"b{at}", Shape(10**6), at),) for at in range(20)]
+    verdicts = await asyncio.gather(*(reserve(store, draws) for draws in asked))
+    for at, verdict in enumerate(verdicts):
+        assert isinstance(verdict, Refused) == (at > 0), "it begins at nothing"
+        assert verdict.standing is Standing.STORE
+    await store.stop()
+
+
 async def test_a_server_that_may_not_write_is_lost_until_it_may(own_server: Server) -> None:
     """As after a failover, when the old master has become a replica."""
     store = a_store(own_server.url, timeout=0.05)
@@ -183,3 +198,93 @@ async def test_a_cluster_says_which_node_has_the_buckets() -> None:
         assert verdict.standing is Standing.STORE
         assert store._link._connection.port == holder.port
         await store.stop()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"$7\r\ngarbage\r\n",
+        b"$0\r\n\r\n",
+        b":1\r\n",
+        b"$-1\r\n",
+        b"*2\r\n:1\r\n:2\r\n",
+        b"$4\r\nvoid\r\n",
+        b"$16\r\ntaken 1 1 1 0 0 \xff\r\n",
+        b"-ERR this is no server for you\r\n",
+        b"-ASK 1 127.0.0.1:1\r\n",
+        b"-MOVED 1 127.0.0.1:1\r\n",
+        b"-BUSY a script\r\n",
+        b"-MISCONF no disk\r\n",
+        b"-OOM too much\r\n",
+        b"-NOPERM not you\r\n",
+        b"!\r\n",
+    ],
+    ids=repr,
+)
+async def test_whatever_a_server_answers_is_a_standing(answer: bytes, unhandled: list[str]) -> None:
+    """It is asked again, not too often, and nobody waits."""
+    async with Odd(answer) as odd:
+        store = a_store(f"redis://127.0.0.1:{odd.port}", timeout=0.05)
+        store._link.start()
+        verdict = await reserve(store)
+        assert isinstance(verdict, Granted)
+        assert verdict.standing is Standing.DEGRADED
+        await until(lambda: odd.met >= 3)
+        assert store.standing is Standing.DEGRADED
+        assert odd.met < 30
+        await store._link.close()
+
+
+@pytest.mark.parametrize(
+    "answer", [b":1\r\n", b"*1\r\n:1\r\n", b"$3\r\nabc\r\n", b"*2\r\n$1\r\na\r\n$1\r\nb\r\n", b"*-1\r\n"]
+)
+async def test_whatever_a_sentinel_answers_others_are_asked(answer: bytes, unhandled: list[str]) -> None:
+    async with Odd(answer) as odd:
+        store = a_store(f"redis+sentinel://127.0.0.1:{odd.port}/main", timeout=0.05)
+        store._link.start()
+        await until(lambda: odd.met >= 3)
+        await store._link.close()
+
+
+async def test_a_node_that_does_not_know_its_address_means_the_one_it_has(shared_server: Server) -> None:
+    async with Odd(b"-MOVED 1 :%d\r\n" % shared_server.port) as odd:
+        store = a_store(f"redis+cluster://127.0.0.1:{odd.port}")
+        await store.start()
+        assert store.standing is Standing.STORE
+        assert store._link._connection.port == shared_server.port
+        await store.stop()
+
+
+async def test_any_name_is_a_name_of_its_own(shared_server: Server, unhandled: list[str]) -> None:
+    """Of whatever a client may bring into one; one that cannot be written does not turn the answers of others round."""
+    names = [
+        "a",
+        "a\0",
+        "a\0b",
+        "{x}",
+        "}{",
+        "a}",
+        "\ud800",
+        "\udcff",
+        "ÿ",
+        "é",
+        "e\u0301",
+        "a b",
+        "a\r\nb",
+        "x" * 100_000,
+        "",
+    ]
+    store = a_store(shared_server.url)
+    await store.start()
+    draws = [(Draw(f"odd:{name}", Shape(10**6), at + 1),) for at, name in enumerate(names)]
+    verdicts = await asyncio.gather(*(reserve(store, draw) for draw in draws))
+    for at, verdict in enumerate(verdicts):
+        assert isinstance(verdict, Granted)
+        assert verdict.standing is Standing.STORE
+        assert verdict.buckets[0].level == 10**6 - at - 1, names[at][:9]
+    with shared_server.client() as plain:
+        kept = plain.keys("{forebay}:b:odd:*")
+    assert isinstance(kept, list)
+    assert len(kept) == len(names)
+    assert {key_slot(key) for key in kept if isinstance(key, bytes)} == {key_slot(b"forebay")}
+    await store.stop()
