@@ -133,6 +133,11 @@ class Share:
         self.spent -= mine
         return amount - mine
 
+    def is_whole(self, now: int) -> bool:
+        """Return whether it is as one that nobody has drawn on."""
+        bucket = refill(self.shape, self.bucket, now)
+        return bucket.level == (0 if self.shape.slots else self.shape.capacity) and not bucket.promises
+
     def charge(self, now: int) -> int:
         """Return what the shared bucket is charged: what was spent and has not come back by refilling."""
         if self.shape.slots:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import enum
 import random
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -32,11 +33,21 @@ LIFETIME = 3 * SECOND
 TICK = 0.1
 FLUSH = (0.02, 0.05)
 """Seconds between something given back and its way to the store."""
+LEAVING = 1.0
+"""Seconds a replica takes to say farewell, at the most."""
 MOST_IN_BATCH = 500
 MOST_LEASES = 100_000
+"""Beyond so many, those are forgotten of which nothing is held; past twice as many, also what was spent alone."""
 MOST_TOLD = 10_000
 """Refusals remembered, so that who comes back too early costs no call."""
 _LOOKED_AT = 8
+_TURNS = 3
+"""Of the event loop, within which what has arrived is read and handed on."""
+
+
+def steady() -> int:
+    """Return microseconds by a clock that nobody sets."""
+    return time.monotonic_ns() // 1000
 
 
 class Mode(enum.StrEnum):
@@ -78,7 +89,7 @@ class _Taking:
 
 
 class RedisStore:
-    """The store of one replica. ``clock`` returns microseconds since 1970, only to reckon between two answers;
+    """The store of one replica. ``clock`` returns microseconds since 1970, used until the server has told its time;
     ``server_clock`` stands in for the server's in tests. ``replicas`` are assumed until the store has told. ``heard``
     is told when it is lost, found (at the start, too) or emptied."""
 
@@ -98,7 +109,8 @@ class RedisStore:
         server_clock: Callable[[], int] | None = None,
         chance: random.Random | None = None,
     ) -> None:
-        self._clock = clock
+        if not namespace or set(namespace) & set("{}"):
+            raise ValueError("the namespace of a store of limits is a name without braces")
         self._server_clock = server_clock
         self._leased = mode is Mode.LEASED
         self._when_lost = when_lost
@@ -119,22 +131,24 @@ class RedisStore:
         self._busy: dict[str, list[_Ask]] = {}
         self._arrived: list[int] = []
         self._unanswered: list[_Taking] = []
-        self._told: dict[int, tuple[int, Refused]] = {}
+        self._told: dict[int, tuple[int, tuple[Draw, ...], Refused]] = {}
         self._outbox: dict[str, tuple[Shape, int]] = {}
         self._batch: dict[str, tuple[Shape, int]] = {}
         self._batch_number = self._fence = clock()
         self._number = 0
         self._generation = ""
         self._live = max(1, replicas)
-        self._ahead = 0
+        self._ahead = clock() - steady()
+        self._alive_until = 0
         self._serving = False
         self._lost = True
         self._beaten = 0.0
         self._slots_said: dict[str, int] = {}
+        self._forgone: set[str] = set()
         self._healed = asyncio.Event()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._sweep_at = 0.0
-        self._swept_late = False
+        self._turns_left: int | None = None
 
     @property
     def standing(self) -> Standing:
@@ -158,8 +172,8 @@ class RedisStore:
             return self._alone(draws, who, first, now)
         if not first:
             told = self._told.get(who)
-            if told is not None and now < told[0]:
-                return Refused(told[1].buckets, told[1].index, told[0] - now, early=True)
+            if told is not None and now < told[0] and told[1] == tuple(draws):
+                return Refused(told[2].buckets, told[2].index, told[0] - now, early=True)
         loop = asyncio.get_running_loop()
         ask = _Ask(draws, who, first, loop.create_future(), loop.time())
         self._asks[ask] = None
@@ -168,15 +182,18 @@ class RedisStore:
         return ask.future
 
     def _out_of_leases(self, draws: Sequence[Draw], now: int) -> Granted | None:
+        if not self._leased:
+            return None
         leases = self._leases
         found = []
         for draw in draws:
             lease = leases.get(draw.bucket)
             if lease is None or lease.held < draw.amount:
                 return None
+            # Slots that are held by somebody not heard of are others' by now.
+            if lease.shape.slots and now >= self._alive_until:
+                return None
             found.append(lease)
-        if not self._leased:
-            return None
         buckets = []
         for draw, lease in zip(draws, found, strict=True):
             lease.held -= draw.amount
@@ -275,13 +292,18 @@ class RedisStore:
             buckets.append(lease.seen(now))
         refused = Refused(tuple(buckets), told.index, told.wait, told.status == "early")
         if told.promised:
-            known = self._told.get(ask.who)
-            if known is None or known[0] <= now:
-                if len(self._told) >= MOST_TOLD:
-                    for who in list(islice(self._told, MOST_TOLD // 10)):
-                        del self._told[who]
-                self._told[ask.who] = (now + told.wait, refused)
+            self._remember(ask, now + told.wait, refused, now)
         self._answer(ask, refused)
+
+    def _remember(self, ask: _Ask, due: int, refused: Refused, now: int) -> None:
+        """Keep what was promised, so that who comes back too early costs no call; of the same request the first."""
+        known, draws = self._told.get(ask.who), tuple(ask.draws)
+        if known is not None and known[0] > now and known[1] == draws:
+            return
+        if len(self._told) >= MOST_TOLD:
+            for who in list(islice(self._told, MOST_TOLD // 10)):
+                del self._told[who]
+        self._told[ask.who] = (due, draws, refused)
 
     def _answer(self, ask: _Ask, verdict: Verdict) -> None:
         self._asks.pop(ask, None)
@@ -387,6 +409,7 @@ class RedisStore:
             self._call(UNDO, buckets, (str(taking.number), *needs), partial(self._undone, taking))
         if self._batch:
             self._send_batch()
+        self._forgo_slots()
         self._slots_said = self._slots_held()
         needs = [need_words(self._leases[name].shape, amount) for name, amount in self._slots_said.items()]
         self._call(BEAT, list(self._slots_said), (str(LIFETIME), *needs), self._heal)
@@ -406,13 +429,25 @@ class RedisStore:
                     self._lease(draw, self._now())
                     self._post(draw.bucket, draw.shape, back)
 
+    def _forgo_slots(self) -> None:
+        """Only what is in use is still this replica's: of what it held for later others may have been given by now,
+        and what was on its way back is there when what is in use has been said."""
+        held = [name for name in self._holding if self._leases[name].shape.slots]
+        for name in held:
+            self._leases[name].held = 0
+            self._holding.discard(name)
+        owed = [name for name, (shape, _) in self._outbox.items() if shape.slots]
+        for name in owed:
+            del self._outbox[name]
+        self._forgone.update(held, owed)
+
     def _slots_held(self) -> dict[str, int]:
         """Return what the store should hold of this replica's slots, what is still to be given back included."""
         held = {}
         for name, lease in self._leases.items():
             if lease.shape.slots:
                 amount = lease.used + lease.held + self._outbox.get(name, (lease.shape, 0))[1]
-                if amount > 0:
+                if amount > 0 or name in self._forgone:
                     held[name] = amount
         return held
 
@@ -424,7 +459,8 @@ class RedisStore:
             return
         now = self._now()
         self._beaten = asyncio.get_running_loop().time()
-        self._ahead, self._live, self._generation = told.now - self._clock(), told.live, told.generation
+        self._ahead, self._live, self._generation = told.now - steady(), told.live, told.generation
+        self._alive_until = told.now + LIFETIME
         # What was let in by this replica's own word since the slots were counted.
         for name, amount in self._slots_held().items():
             if amount > self._slots_said.get(name, 0):
@@ -434,6 +470,7 @@ class RedisStore:
             if charge:
                 self._post(name, self._leases[name].shape, -charge)
         self._shares.clear()
+        self._forgone.clear()
         found = self._lost
         self._cancel("lost")
         self._lost, self._serving = False, True
@@ -464,6 +501,9 @@ class RedisStore:
             return
         self._lost = True
         self._heard(Turn.LOST)
+        self._answer_alone()
+
+    def _answer_alone(self) -> None:
         self._parked.clear()
         now = self._now()
         for ask in list(self._asks):
@@ -478,7 +518,8 @@ class RedisStore:
             self._later("sweep", self._timeout / 5, self._sweep)
 
     def _sweep(self) -> None:
-        """Whether an answer is overdue. A loop that was itself held up looks at what has arrived first."""
+        """Whether an answer is overdue. A loop that was itself held up lets the server answer, and reads what has
+        arrived, first."""
         now = asyncio.get_running_loop().time()
         oldest = self._link.oldest
         while self._asks:
@@ -487,19 +528,20 @@ class RedisStore:
                 oldest = ask.began if oldest is None else min(oldest, ask.began)
                 break
             del self._asks[ask]
-        late = now - self._sweep_at > self._timeout / 5
-        if oldest is not None and now - oldest >= self._timeout * 0.8:
-            if late and not self._swept_late:
-                self._swept_late = True
-            else:
-                self._swept_late = False
-                self._link.drop()
-                self._lose()
-                return
-        else:
-            self._swept_late = False
-        if oldest is not None:
+        if oldest is None or now - oldest < self._timeout * 0.8:
+            self._turns_left = None
+            if oldest is not None:
+                self._watch()
+        elif self._turns_left is None and now - self._sweep_at > self._timeout / 5:
+            self._turns_left = _TURNS
             self._watch()
+        elif self._turns_left:
+            self._turns_left -= 1
+            asyncio.get_running_loop().call_soon(self._sweep)
+        else:
+            self._turns_left = None
+            self._link.drop()
+            self._lose()
 
     def _tick(self) -> None:
         """Say that this replica lives; return what lies idle."""
@@ -526,6 +568,8 @@ class RedisStore:
         if told.status != "known":
             # Others took this replica for dead and its slots for free.
             self._link.drop()
+            return
+        self._alive_until = told.now + LIFETIME
 
     def _later(self, name: str, seconds: float, run: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -547,7 +591,7 @@ class RedisStore:
 
     def _now(self) -> int:
         """Return the server's time, as far as it is known here."""
-        return self._clock() + self._ahead if self._server_clock is None else self._server_clock()
+        return steady() + self._ahead if self._server_clock is None else self._server_clock()
 
     def _lease(self, draw: Draw, now: int) -> Lease:
         lease = self._leases.get(draw.bucket)
@@ -560,9 +604,14 @@ class RedisStore:
 
     def _forget(self, now: int) -> None:
         for name in list(islice(self._leases, _LOOKED_AT)):
-            lease = self._leases.pop(name)
-            if lease.held or lease.used or name in self._outbox or name in self._shares:
+            lease, share = self._leases.pop(name), self._shares.get(name)
+            needed = lease.held or lease.used or name in self._holding or name in self._outbox or name in self._forgone
+            if not needed and share is not None:
+                needed = not share.is_whole(now) and len(self._leases) < 2 * MOST_LEASES
+            if needed:
                 self._leases[name] = lease
+            else:
+                self._shares.pop(name, None)
 
     def _call(
         self, script: Script, buckets: Sequence[str], words: Sequence[str], done: Callable[[Told | None], None]
@@ -573,7 +622,7 @@ class RedisStore:
 
     def _note(self, told: Told) -> None:
         """Learn the time, the replicas, and whether the store has forgotten everything."""
-        self._ahead = told.now - self._clock()
+        self._ahead = told.now - steady()
         self._live = told.live
         if self._serving and told.generation != self._generation:
             self._heard(Turn.EMPTIED)
@@ -618,7 +667,7 @@ class RedisStore:
             return
         self._cancel("tick")
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(LEAVING):
                 await self._leave()
         for name in list(self._timers):
             self._cancel(name)
@@ -626,6 +675,8 @@ class RedisStore:
         await self._link.close()
         for name in list(self._timers):
             self._cancel(name)
+        self._lost = True
+        self._answer_alone()
 
     async def _leave(self) -> None:
         while not self._lost:

@@ -112,6 +112,16 @@ async def test_a_first_attempt_is_never_early(store: Store) -> None:
     assert again.wait == waits[0]
 
 
+async def test_a_promise_is_of_what_was_asked_for(store: Store) -> None:
+    """Two that send the same, from two addresses, are one to nobody but the bucket they share; nor is less refused
+    because more was."""
+    both = Draw("all", MINUTE, 1000)
+    assert isinstance(await reserve(store, (Draw("a", SECONDLY, 3000), both), 1), Granted)
+    assert isinstance(await reserve(store, (Draw("a", SECONDLY, 4000), both), 2), Refused)
+    assert isinstance(await reserve(store, (Draw("b", SECONDLY, 4000), both), 2), Granted)
+    assert isinstance(await reserve(store, (Draw("a", SECONDLY, 1000), both), 2), Granted)
+
+
 async def test_what_is_settled_comes_back_and_a_debt_is_taken(store: Store) -> None:
     draws = (Draw("a", MINUTE, 40_000), Draw("b", SLOTS, 1000))
     assert isinstance(await reserve(store, draws, 1), Granted)

@@ -61,10 +61,12 @@ async def reserve(store: RedisStore, draws: Sequence[Draw], who: int, *, first: 
     return verdict if isinstance(verdict, Granted | Refused) else await verdict
 
 
-async def level(server: Server, namespace_of: RedisStore, shape: Shape, bucket: str = "a") -> int:
+async def level(
+    server: Server, namespace_of: RedisStore, shape: Shape, bucket: str = "a", clock: Clock | None = None
+) -> int:
     """What a bucket holds by the word of somebody who holds nothing of it."""
     namespace = namespace_of._prefix[1:].partition("}")[0]
-    observer = a_store(server, namespace)
+    observer = a_store(server, namespace, server_clock=clock)
     await observer.start()
     (found,) = await observer.look([Draw(bucket, shape, 0)])
     await observer.stop()
@@ -115,7 +117,7 @@ async def test_together_they_let_in_the_limit_and_no_unit_more(shared_server: Se
 
         assert granted <= allowed(wall())
         # A machine that is held up at the end holds up the clients, too.
-        assert granted >= 0.99 * allowed(max(asked for _, asked in found)) - 2000
+        assert granted >= 0.97 * allowed(max(asked for _, asked in found))
         await asyncio.gather(*(store.stop() for store in stores))
         with shared_server.client() as plain:
             kept = plain.get(stores[0]._prefix + "a")
@@ -182,7 +184,7 @@ async def test_connections_killed_over_and_over_lose_and_double_nothing(own_serv
                 )
         await asyncio.gather(*workers)
         assert kills >= 10
-        assert tally[0] > 100_000
+        assert tally[0] > 20_000
         await until(lambda: all(store.standing is Standing.STORE for store in stores))
         await asyncio.gather(*(store.stop() for store in stores))
         assert await level(own_server, stores[0], BUDGET) == BUDGET.capacity - tally[0]
@@ -311,6 +313,120 @@ async def test_a_replica_that_dies_frees_its_slots_within_seconds(shared_server:
     other.settle(draws)
     await other.stop()
     await dead.stop()
+
+
+async def test_whoever_was_taken_for_dead_gives_out_no_slot_that_was_given_to_others(shared_server: Server) -> None:
+    """A process that stood still goes on where it was; what it held for later others have now."""
+    clock = Clock()
+    slot = (Draw("s", SLOTS, 1000),)
+    namespace = f"fleet{next(names)}"
+    still, other = (a_store(shared_server, namespace, clock=clock, server_clock=clock) for _ in range(2))
+    await still.start()
+    await other.start()
+    for who in range(3):
+        assert isinstance(await reserve(still, slot, who + 1), Granted)
+    assert still._leases["s"].held > 0
+    still._cancel("tick")
+    clock.now += LIFETIME + 1
+    other._link.drop()
+    await until(lambda: clock.now + LIFETIME == other._alive_until)
+    assert isinstance(await reserve(other, (Draw("s", SLOTS, 45_000),), 1), Granted)
+    assert not isinstance(still.reserve(slot, 5), Granted), "it asks"
+    still._beaten = 0.0
+    still._tick()
+    await until(lambda: clock.now + LIFETIME == still._alive_until)
+    await until(lambda: still._serving and not still._outbox and not still._batch)
+    in_use = still._leases["s"].used + 45_000
+    assert await level(shared_server, other, SLOTS, "s", clock) == -in_use
+    still.settle([Draw("s", SLOTS, still._leases["s"].used)])
+    other.settle([Draw("s", SLOTS, 45_000)])
+    await still.stop()
+    await other.stop()
+    assert await level(shared_server, other, SLOTS, "s", clock) == 0
+
+
+@pytest.mark.parametrize("step", [-3600, 3600])
+async def test_a_clock_that_jumps_changes_no_answer(shared_server: Server, step: int) -> None:
+    """Between two answers time is reckoned by a clock that nobody sets."""
+    shift = 0
+    draws = (Draw("a", rate_shape(60, 60, 1), 1000),)
+    async with fleet(shared_server, 1, clock=lambda: wall() + shift) as (store,):
+        assert isinstance(await reserve(store, draws, 1), Granted)
+        assert isinstance(await reserve(store, draws, 2), Refused)
+        shift = step * SECOND
+        again = await reserve(store, draws, 2)
+        assert isinstance(again, Refused)
+        assert again.early
+        assert 0 < again.wait <= SECOND + 1
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+async def test_a_replica_that_was_held_up_itself_does_not_take_the_server_for_lost(
+    own_server: Server, mode: Mode
+) -> None:
+    async with fleet(own_server, 1, mode=mode, timeout=0.05) as (store,):
+        asked = store.reserve((Draw("a", BUDGET, 1000),), 1)
+        assert isinstance(asked, asyncio.Future)
+        for _ in range(3):
+            time.sleep(0.06)
+            await asyncio.sleep(0)
+        verdict = await asked
+        assert isinstance(verdict, Granted)
+        assert verdict.standing is Standing.STORE
+
+
+async def test_nobody_is_left_waiting_when_a_replica_ends(own_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.store.redis.LEAVING", 0.05)
+    draws = (Draw("a", BUDGET, 1000),)
+    async with fleet(own_server, 1, timeout=60.0) as (store,):
+        own_server.freeze()
+        waiting = [store.reserve(draws, who) for who in (1, 2)]
+        await store.stop()
+        for verdict in [*waiting, store.reserve(draws, 3)]:
+            found = await asyncio.wait_for(verdict, 1) if isinstance(verdict, asyncio.Future) else verdict
+            assert found.standing is Standing.DEGRADED
+        own_server.thaw()
+
+
+@pytest.mark.usefixtures("unhandled")
+async def test_a_bucket_that_is_forgotten_is_asked_for_again(
+    shared_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.store.redis.MOST_LEASES", 10)
+    draws = (Draw("a", BUDGET, 1000),)
+    async with fleet(shared_server, 1) as (store,):
+        for who in range(100):
+            await reserve(store, draws, who + 1)
+            if "a" in store._holding and not store._leases["a"].held:
+                break
+        assert "a" in store._holding
+        for number in range(30):
+            await reserve(store, (Draw(f"b{number}", BUDGET, 1000),), 1)
+        store._tick()
+        await until(lambda: not store._outbox and not store._batch)
+        assert len(store._leases) <= 12
+        assert isinstance(await reserve(store, draws, 1), Granted)
+
+
+@pytest.mark.parametrize("shape", [rate_shape(1000, 1), rate_shape(60, 3600)])
+async def test_what_is_known_of_addresses_while_the_server_is_gone_stays_within_bounds(
+    shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.store.redis.MOST_LEASES", 100)
+    clock = Clock()
+    store = a_store(Server(), "nowhere", clock=clock, server_clock=clock)
+    assert isinstance(store.reserve((Draw("held", Shape(10_000, slots=True), 1000),), 1), Granted)
+    for number in range(2000):
+        assert isinstance(store.reserve((Draw(f"client:{number}", shape, 1000),), 1), Granted)
+        clock.now += 1000
+    assert max(len(store._leases), len(store._shares)) <= (110 if shape.capacity == 10**6 else 210)
+    assert store._leases["held"].used == 1000
+
+
+@pytest.mark.parametrize("namespace", ["", "a}b", "{a", "}"])
+def test_a_name_that_would_scatter_the_keys_over_a_cluster_is_none(namespace: str) -> None:
+    with pytest.raises(ValueError, match="namespace"):
+        a_store(Server(), namespace)
 
 
 # --- cheap ----------------------------------------------------------------------------------------------------------
