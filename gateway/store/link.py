@@ -70,6 +70,7 @@ class Link:
         """What was wrong with the last connection; without passwords."""
         self._moved: Address | None = None
         self._seed = 0
+        self._closing = False
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
@@ -131,6 +132,7 @@ class Link:
 
     async def close(self) -> None:
         """End; what is on its way is lost."""
+        self._closing = True
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -139,7 +141,8 @@ class Link:
         self._lose()
 
     async def _run(self) -> None:
-        while True:
+        # While it connects, the library may take being cancelled for a failure.
+        while not self._closing:
             if self._attempts:
                 await asyncio.sleep(self._chance.uniform(0.25, 1) * min(LONGEST_WAIT, FIRST_WAIT * 2**self._attempts))
             self._attempts = min(self._attempts + 1, 10)

@@ -246,6 +246,23 @@ async def test_whatever_a_sentinel_answers_others_are_asked(answer: bytes, unhan
         await store._link.close()
 
 
+async def test_a_link_ends_even_where_being_cancelled_is_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = a_store("redis://127.0.0.1:1")
+    opening = asyncio.Event()
+
+    async def connect() -> None:
+        opening.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise ConnectionError from None
+
+    monkeypatch.setattr(store._link, "_open", connect)
+    store._link.start()
+    await opening.wait()
+    await asyncio.wait_for(store._link.close(), 5)
+
+
 async def test_a_node_that_does_not_know_its_address_means_the_one_it_has(shared_server: Server) -> None:
     async with Odd(b"-MOVED 1 :%d\r\n" % shared_server.port) as odd:
         store = a_store(f"redis+cluster://127.0.0.1:{odd.port}")
