@@ -283,7 +283,7 @@ class LimitStore(Section):
 
 
 def _check_authority(target: Target) -> None:
-    if target.scheme != "rediss":
+    if not target.encrypted:
         raise ConfigError(["limits.store.ca_file: is for rediss:// URLs only; take it out or change the URL"])
     try:
         ssl.create_default_context(cafile=target.ca)

@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 
-SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster")
+SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 _FORM = re.compile(r"(?P<scheme>[a-z+]+)://(?:(?P<login>.*)@)?(?P<place>[^@/?]*)(?P<path>/[^@?]*)?(?:\?(?P<query>.*))?")
 
 Address = tuple[str, int]
@@ -26,6 +26,11 @@ class Target(msgspec.Struct, frozen=True):
     sentinel_password: str | None = None
     ca: str | None = None
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether TLS is spoken: with all servers, and Sentinels too."""
+        return self.scheme.startswith("rediss")
+
     def __str__(self) -> str:
         places = ",".join(f"{host}:{port}" for host, port in self.addresses)
         return f"{self.scheme}://{self.path or places}{f'/{self.service}' if self.service else ''}"
@@ -42,7 +47,7 @@ def read_url(url: str, ca: str | None = None) -> Target:
     options = {name: values[-1] for name, values in parse_qs(found["query"] or "").items()}
     username, _, password = (found["login"] or "").partition(":")
     service = ""
-    if scheme == "redis+sentinel":
+    if scheme.endswith("+sentinel"):
         service, _, path = path.strip("/").partition("/")
         if not service:
             raise ValueError("the URL of a Sentinel names no service: redis+sentinel://host:port,host:port/service")
@@ -68,4 +73,4 @@ def read_url(url: str, ca: str | None = None) -> Target:
 
 def _address(place: str, scheme: str) -> Address:
     parts = urlsplit(f"//{place}")
-    return parts.hostname or "localhost", parts.port or (26379 if scheme == "redis+sentinel" else 6379)
+    return parts.hostname or "localhost", parts.port or (26379 if scheme.endswith("+sentinel") else 6379)

@@ -642,6 +642,7 @@ def test_the_url_of_the_store_of_limits_comes_from_one_place(tmp_path: Path, mon
         ({"url": "redis://h", "url_env": "A"}, "limits.store: should have at most one of url, url_env"),
         ({"replicas": 3}, "limits.store: 3 replicas need a Redis server to share limits: without one each of them"),
         ({"url": "redis://h", "ca_file": "/a"}, "limits.store.ca_file: is for rediss:// URLs only; take it out or"),
+        ({"url": "rediss+sentinel://h/main", "ca_file": "/nowhere"}, "limits.store.ca_file: /nowhere cannot be read"),
         ({"url": "rediss://h", "ca_file": "/nowhere"}, "limits.store.ca_file: /nowhere cannot be read (No such file"),
         ({"url": f"rediss://h?ssl_ca_certs={EXAMPLE}"}, f"limits.store.ca_file: {EXAMPLE} cannot be read ("),
         ({"timeout": "1ms"}, "limits.store.timeout: should be at least 5ms and at most 5s"),

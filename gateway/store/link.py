@@ -212,11 +212,10 @@ class Link:
         if not target.addresses:
             return None
         address = target.addresses[self._seed % len(target.addresses)]
-        if target.scheme != "redis+sentinel":
+        if not target.scheme.endswith("+sentinel"):
             return address
-        sentinel: Any = Connection(
-            host=address[0], port=address[1], password=target.sentinel_password, protocol=2, driver_info=None
-        )
+        options = {"password": target.sentinel_password, "protocol": 2, "driver_info": None}
+        sentinel = self._tcp(address, options)
         try:
             await sentinel.connect()
             await sentinel.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", target.service)
@@ -240,7 +239,10 @@ class Link:
         }
         if address is None:
             return UnixDomainSocketConnection(path=target.path, **options)
-        options.update(host=address[0], port=address[1], socket_connect_timeout=OPENING)
-        if target.scheme == "rediss":
-            return SSLConnection(ssl_ca_certs=target.ca, **options)
-        return Connection(**options)
+        return self._tcp(address, {**options, "socket_connect_timeout": OPENING})
+
+    def _tcp(self, address: Address, options: dict[str, Any]) -> Any:
+        host, port = address
+        if self._target.encrypted:
+            return SSLConnection(host=host, port=port, ssl_ca_certs=self._target.ca, **options)
+        return Connection(host=host, port=port, **options)

@@ -179,15 +179,17 @@ class Deaf:
 class Odd:
     """What answers like no server should: every script, or question for a master, with the same bytes."""
 
-    def __init__(self, answer: bytes) -> None:
+    def __init__(self, answer: bytes, *, tls: bool = False) -> None:
         self._answer = answer
+        self._tls = tls
         self._listener: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []
         self.port = free_port()
         self.met = 0
 
     async def __aenter__(self) -> Odd:
-        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        context = server_context() if self._tls else None
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=context)
         return self
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -85,6 +85,7 @@ async def test_a_wrong_password_is_a_standing_and_never_shown(caplog: pytest.Log
         ("unix://u:sesame@/run/redis.sock", "unix:///run/redis.sock"),
         ("redis+sentinel://u:sesame@a:1,b/main/2?sentinel_password=sesame", "redis+sentinel://a:1,b:26379/main"),
         ("redis+cluster://a:1,b:2", "redis+cluster://a:1,b:2"),
+        ("rediss+sentinel://u:sesame@a/main", "rediss+sentinel://a:26379/main"),
     ],
 )
 def test_what_is_shown_of_a_url_has_no_password(url: str, shown: str) -> None:
@@ -270,6 +271,20 @@ async def test_a_node_that_does_not_know_its_address_means_the_one_it_has(shared
         assert store.standing is Standing.STORE
         assert store._link._connection.port == shared_server.port
         await store.stop()
+
+
+@pytest.mark.parametrize("kind", ["sentinel", "cluster"])
+async def test_what_names_the_server_is_spoken_to_encrypted_as_the_server_is(shared_server: Server, kind: str) -> None:
+    async with Deaf(shared_server, tls=True) as encrypted:
+        port = encrypted.url.rpartition(":")[2].encode()
+        named = b"*2\r\n$9\r\n127.0.0.1\r\n$5\r\n" + port + b"\r\n"
+        answer = named if kind == "sentinel" else b"-MOVED 1 127.0.0.1:" + port + b"\r\n"
+        async with Odd(answer, tls=True) as odd:
+            store = a_store(f"rediss+{kind}://127.0.0.1:{odd.port}/{'main' * (kind == 'sentinel')}", ca=str(AUTHORITY))
+            await store.start()
+            verdict = await reserve(store)
+            assert verdict.standing is Standing.STORE
+            await store.stop()
 
 
 async def test_any_name_is_a_name_of_its_own(shared_server: Server, unhandled: list[str]) -> None:
