@@ -235,6 +235,10 @@ class RedisStore:
                         self._busy[draw.bucket] = []
                         taking.owns.append(draw.bucket)
                 lease.held -= back
+            # What is on its way back comes first, or a client that asks in turn is refused because of itself.
+            noted = self._outbox.pop(draw.bucket, None)
+            if noted is not None:
+                back += noted[1]
             taking.backs.append(back)
             needs.append(need_words(draw.shape, draw.amount, more, back))
         arrived = " ".join(map(str, taking.arrived))

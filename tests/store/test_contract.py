@@ -142,6 +142,20 @@ async def test_slots_come_back_only_by_being_given_back(store: Store, clock: Clo
     assert isinstance(await reserve(store, slot, 3), Granted)
 
 
+async def test_who_asks_in_turn_is_never_in_its_own_way(store: Store) -> None:
+    """What was just given back counts for whoever asks next, and what is owed is paid before anybody is let in."""
+    slot, all_of_it = (Draw("s", SLOTS, 2000),), Draw("m", MINUTE, 60_000)
+    for who in range(1, 20):
+        assert isinstance(await reserve(store, slot, who), Granted)
+        store.settle(slot)
+    assert isinstance(await reserve(store, [all_of_it], 20), Granted)
+    store.settle([all_of_it])
+    store.settle([Draw("m", MINUTE, -1000)])
+    refused = await reserve(store, [all_of_it], 21)
+    assert isinstance(refused, Refused)
+    assert (refused.wait, refused.buckets[0].level) == (SECOND + 1, 59_000)
+
+
 async def test_who_left_while_waiting_gives_back_what_it_is_granted(store: Store) -> None:
     draws = (Draw("a", MINUTE, 10_000), Draw("b", SLOTS, 1000))
     verdicts = [store.reserve(draws, who) for who in (1, 2)]
