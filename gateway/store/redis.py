@@ -229,11 +229,11 @@ class RedisStore:
                 lease.note(draw.amount, now)
                 # What fits goes back as well, so that the store sees the whole request.
                 back = min(lease.held, draw.amount)
-                if lease.held < draw.amount:
+                if lease.held < draw.amount and draw.bucket not in self._busy:
+                    # One call at a time asks for a lease: several would together hold far more than their part.
                     more = lease.asks(draw.amount, now, self._live)
-                    if draw.bucket not in self._busy:
-                        self._busy[draw.bucket] = []
-                        taking.owns.append(draw.bucket)
+                    self._busy[draw.bucket] = []
+                    taking.owns.append(draw.bucket)
                 lease.held -= back
             # What is on its way back comes first, or a client that asks in turn is refused because of itself.
             noted = self._outbox.pop(draw.bucket, None)

@@ -463,6 +463,22 @@ async def test_many_at_once_wait_for_one_call_and_then_ask_together(own_server: 
     assert await level(own_server, store, BUDGET) == BUDGET.capacity - 300_000
 
 
+async def test_a_replica_asked_by_many_at_once_leases_no_more_than_half_its_part(own_server: Server) -> None:
+    """Else the others are refused what lies idle there."""
+    shape = Shape(100_000)
+    async with fleet(own_server, 2) as stores:
+        for store in stores:
+            await store.look((Draw("a", shape, 0),))
+        verdicts = await asyncio.gather(*(reserve(stores[0], (Draw("a", shape, 1000),), who + 1) for who in range(40)))
+        assert all(isinstance(verdict, Granted) for verdict in verdicts)
+        most = 100_000 // (2 * 2)
+        assert stores[0]._leases["a"].held <= most
+        for who in range(100):
+            if not isinstance(await reserve(stores[1], (Draw("a", shape, 1000),), who + 100), Granted):
+                break
+        assert who >= 100 - 40 - most // 1000
+
+
 async def test_twenty_replicas_come_back_to_a_server_without_a_stampede(own_server: Server) -> None:
     async with fleet(own_server, 20, timeout=0.05) as stores:
         own_server.kill()
