@@ -165,15 +165,14 @@ class RedisStore:
     def reserve(self, draws: Sequence[Draw], who: int, *, first: bool = False) -> Verdict | asyncio.Future[Verdict]:
         """Take every draw, or none: at once out of what is leased, else by the store's word."""
         now = self._now()
-        granted = self._out_of_leases(draws, now)
+        told = None if first else self._told.get(who)
+        granted = self._out_of_leases(draws, now) if told is None or self._lost else None
         if granted is not None:
             return granted
         if self._lost:
             return self._alone(draws, who, first, now)
-        if not first:
-            told = self._told.get(who)
-            if told is not None and now < told[0] and told[1] == tuple(draws):
-                return Refused(told[2].buckets, told[2].index, told[0] - now, early=True)
+        if told is not None and now < told[0] and told[1] == tuple(draws):
+            return Refused(told[2].buckets, told[2].index, told[0] - now, early=True)
         loop = asyncio.get_running_loop()
         ask = _Ask(draws, who, first, loop.create_future(), loop.time())
         self._asks[ask] = None
@@ -265,13 +264,17 @@ class RedisStore:
             if waiter.future.done():
                 self._asks.pop(waiter, None)
                 continue
-            granted = self._out_of_leases(waiter.draws, now)
+            # What was promised to somebody the store keeps until they have taken it there.
+            is_promised = not waiter.first and waiter.who in self._told
+            granted = None if is_promised else self._out_of_leases(waiter.draws, now)
             if granted is None:
                 self._submit(waiter)
             else:
                 self._answer(waiter, granted)
 
     def _grant(self, ask: _Ask, told: Told, now: int) -> None:
+        if not ask.first:
+            self._told.pop(ask.who, None)
         gone = ask.future.done()
         buckets = []
         for draw, amount, bucket in zip(ask.draws, told.amounts, told.buckets, strict=True):

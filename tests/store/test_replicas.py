@@ -479,6 +479,27 @@ async def test_a_replica_asked_by_many_at_once_leases_no_more_than_half_its_part
         assert who >= 100 - 40 - most // 1000
 
 
+async def test_who_comes_back_takes_what_was_promised_though_there_is_a_lease(own_server: Server) -> None:
+    """Else the store keeps it for nobody, for two seconds."""
+    shape = rate_shape(200, 1, 10)
+    draws = (Draw("a", shape, 1000),)
+    async with fleet(own_server, 1) as (store,):
+        assert isinstance(await reserve(store, (Draw("a", shape, 10_000),), 1), Granted)
+        refused = await reserve(store, draws, 2)
+        assert isinstance(refused, Refused)
+        store._leases["a"].held = 5000
+        early = await reserve(store, draws, 2)
+        assert isinstance(early, Refused)
+        assert early.early
+        deadline = time.monotonic() + 2
+        while not isinstance(await reserve(store, draws, 2), Granted):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.002)
+        (bucket,) = await store.look(draws)
+        assert bucket.promises == ()
+        assert isinstance(store.reserve(draws, 3), Granted), "the others have the lease"
+
+
 async def test_twenty_replicas_come_back_to_a_server_without_a_stampede(own_server: Server) -> None:
     async with fleet(own_server, 20, timeout=0.05) as stores:
         own_server.kill()
