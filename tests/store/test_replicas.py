@@ -481,7 +481,7 @@ async def test_a_replica_asked_by_many_at_once_leases_no_more_than_half_its_part
 
 async def test_who_comes_back_takes_what_was_promised_though_there_is_a_lease(own_server: Server) -> None:
     """Else the store keeps it for nobody, for two seconds."""
-    shape = rate_shape(200, 1, 10)
+    shape = rate_shape(4, 1, 10)
     draws = (Draw("a", shape, 1000),)
     async with fleet(own_server, 1) as (store,):
         assert isinstance(await reserve(store, (Draw("a", shape, 10_000),), 1), Granted)
@@ -498,6 +498,20 @@ async def test_who_comes_back_takes_what_was_promised_though_there_is_a_lease(ow
         (bucket,) = await store.look(draws)
         assert bucket.promises == ()
         assert isinstance(store.reserve(draws, 3), Granted), "the others have the lease"
+
+
+async def test_who_comes_back_in_time_is_not_told_to_wait_by_a_clock_that_is_behind(shared_server: Server) -> None:
+    """The server's clock is known by its last answer, which may have been late."""
+    shape = rate_shape(50, 1, 1)
+    draws = (Draw("a", shape, 1000),)
+    async with fleet(shared_server, 1, mode=Mode.EXACT) as (store,):
+        assert isinstance(await reserve(store, draws, 1), Granted)
+        refused = await reserve(store, draws, 2)
+        assert isinstance(refused, Refused)
+        due = time.monotonic() + refused.wait / SECOND
+        await until(lambda: time.monotonic() > due)
+        store._ahead -= 60_000
+        assert isinstance(await reserve(store, draws, 2), Granted)
 
 
 async def test_twenty_replicas_come_back_to_a_server_without_a_stampede(own_server: Server) -> None:
