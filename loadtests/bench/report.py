@@ -18,6 +18,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 TIMES, NOTHING = "\u00d7", "\u2013"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
+CHECKS, REPLICAS = "checks", "replicas"
+"""Rows with tables of their own: what they compare are ways to keep limits."""
+
 Raw = Mapping[str, Any]
 """One line of the raw file: a `Sample`, or the header with `kind: machine`."""
 
@@ -87,7 +90,8 @@ class Figures:
 
     def __init__(self, samples: Iterable[Raw]) -> None:
         self._samples = [sample for sample in samples if sample.get("kind") != "machine"]
-        self.subjects = list(dict.fromkeys(str(sample["subject"]) for sample in self._samples))
+        gateways = (str(sample["subject"]) for sample in self._samples if sample["row"] not in (CHECKS, REPLICAS))
+        self.subjects = list(dict.fromkeys(gateways))
 
     def runs(self, subject: str, row: str) -> list[Raw]:
         """All runs of a row, oldest first."""
@@ -117,8 +121,10 @@ _DUE = {"paced": 1 / 0.005, "slow": 1 / 0.05, "idle": 1 / 4}
 
 def _fell_behind(sample: Raw) -> bool:
     due = _DUE.get(sample["row"])
+    if due is None:
+        return False
     streams = sample["generator"]["mean_inflight"]
-    return due is not None and sample["generator"]["chunks_per_second"] < 0.95 * due * streams
+    return bool(sample["generator"]["chunks_per_second"] < 0.95 * due * streams)
 
 
 def _short(value: float) -> str:
@@ -138,6 +144,8 @@ def _short(value: float) -> str:
 def table(figures: Figures) -> str:
     """The main table: a line a metric, a column a subject, ratios to nginx in brackets."""
     subjects = [subject for subject in figures.subjects if subject != "direct"]
+    if not subjects:
+        return ""
     lines = ["| | " + " | ".join(subjects) + " |", "|---|" + "---|" * len(subjects)]
     for metric in METRICS:
         base = figures.value("nginx", metric)
@@ -271,6 +279,61 @@ def _whole_title(metric: Metric) -> str:
     return f"{first.partition(':')[0]}: {metric.title[2:]}"
 
 
+# --- limits ------------------------------------------------------------------------------------------------------
+
+
+def limits_line(sample: Raw) -> str:
+    """One run of these rows, for whoever watches."""
+    told, done = sample["generator"], sample["generator"]["completed"] / 1e6
+    about = "".join(f"{name} {value}, " for name, value in sample["notes"].items() if name != "server_cpu")
+    cost = f"CPU {_cpu(sample) / done:.4g} µs + {sample['notes']['server_cpu'] / done:.4g} of the server"
+    return f"{about}{cost}, {told['requests_per_second']:,.0f}/s"
+
+
+def checks(figures: Figures) -> str:
+    """What a check of limits costs, by where its buckets are and how many there are."""
+    cells: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
+    for sample in figures.all():
+        if sample["row"] == CHECKS:
+            notes, done = sample["notes"], sample["generator"]["completed"] / 1e6
+            column = cells.setdefault((sample["subject"], notes["at_once"]), {})
+            column.setdefault(notes["buckets"], []).append((_cpu(sample) / done, notes["server_cpu"] / done))
+    if not cells:
+        return ""
+    titles = [f"{subject}{f', {at_once} at once' if subject == 'exact' else ''}" for subject, at_once in cells]
+    lines = ["| CPU per check, µs (+ the server's) | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+    for buckets in sorted({buckets for column in cells.values() for buckets in column}):
+        line = []
+        for (subject, _), column in cells.items():
+            own = median(each for each, _ in column[buckets])
+            other = median(each for _, each in column[buckets])
+            line.append(_short(own) + (f" (+ {_short(other)})" if subject != "memory" else ""))
+        lines.append(f"| {buckets} bucket{'s' if buckets > 1 else ''} | " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+def replicas(figures: Figures) -> str:
+    """What three replicas on one core serve, by where their limits are kept."""
+    modes = list(dict.fromkeys(sample["subject"] for sample in figures.all() if sample["row"] == REPLICAS))
+    if not modes:
+        return ""
+    lines = ["| three replicas on one core, five limits | " + " | ".join(modes) + " |", "|---|" + "---|" * len(modes)]
+    for title, value in (
+        ("requests/s", _said("requests_per_second")),
+        ("CPU per request, ms", _per("completed", 1e3)),
+        (
+            "CPU of the server per request, ms",
+            lambda one: one["notes"]["server_cpu"] / one["generator"]["completed"] * 1e3,
+        ),
+    ):
+        cells = []
+        for mode in modes:
+            found = median(value(sample) or 0.0 for sample in figures.runs(mode, REPLICAS))
+            cells.append(_short(found) + figures.marked(mode, REPLICAS) if found else NOTHING)
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 # --- the soak, the machine, the page -----------------------------------------------------------------------------
 
 
@@ -327,6 +390,8 @@ def render(lines: Iterable[Raw]) -> str:
         _footnotes(main),
         aims(figures),
         losses(figures),
+        checks(figures),
+        replicas(figures),
         soak(figures),
         conditions(machines, figures) if machines else "",
     ]

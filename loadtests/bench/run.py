@@ -28,14 +28,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from loadtests.bench import operator_row, report, soak_row
+from loadtests.bench import checks_row, operator_row, replicas_row, report, soak_row
 from loadtests.bench.native import ENGINE_MODEL, BenchError, Tools, build
 from loadtests.bench.processes import Server, free_port
 from loadtests.bench.rows import ROWS, Bench, Row, Sample, Target
-from loadtests.bench.subjects import PEERS, ROOT, SUBJECTS, Launch, Place, Subject, attached, install_peers
+from loadtests.bench.subjects import PEERS, ROOT, SUBJECTS, Launch, Place, Subject, attached, install_peers, limited
+from tests.store.servers import Server as RedisServer
 
 _EXAMPLES = """\
-rows: {rows}, operator; soak only with --soak
+rows: {rows}, operator, checks, replicas; soak only with --soak
 gateways: {subjects}
 
 examples:
@@ -222,9 +223,11 @@ class Session:
         """Write a raw row and say what it shows."""
         with self.options.out.open("a", encoding="utf-8") as out:
             out.write(json.dumps(dataclasses.asdict(sample)) + "\n")
-        self.bad |= bool(sample.generator["faults"]) and sample.subject.startswith("forebay")
+        ours = sample.subject.startswith("forebay") or sample.row == replicas_row.NAME
+        self.bad |= bool(sample.generator["faults"]) and ours
         raw = dataclasses.asdict(sample)
-        shown = [
+        shown = [] if sample.row not in (checks_row.NAME, replicas_row.NAME) else [report.limits_line(raw)]
+        shown += [
             f"{metric.title.removeprefix('… ')} {value:.4g}"
             for metric in report.METRICS
             if metric.row == sample.row and (value := metric.value(raw)) is not None
@@ -289,6 +292,32 @@ class Session:
                     )
                     self.keep(sample)
 
+    def checks(self) -> None:
+        """What a check of limits costs, by where its buckets are."""
+        self.console.print("[bold]A check of limits: in memory, leased, exact[/]")
+        for run in range(self.options.runs):
+            for sample in checks_row.measure(self.options.seconds * 0.4, run, self.cores[1]):
+                self.keep(sample)
+
+    def replicas(self) -> None:
+        """Three replicas, limits each for itself, leased and exact; they take turns run by run."""
+        self.console.print("[bold]Three replicas: limits each for itself, leased, exact[/]")
+        with ExitStack() as started:
+            server = RedisServer()
+            started.callback(server.close)
+            server.start()
+            fleets = {}
+            for mode in replicas_row.MODES:
+                subject = limited(mode, server.url)
+                fleets[mode] = [started.enter_context(self.start(subject)).target for _ in range(replicas_row.REPLICAS)]
+                for target in fleets[mode]:
+                    self.bench.touch(target)
+            for run in range(self.options.runs):
+                for mode, targets in fleets.items():
+                    pid = None if mode == "memory" else server.pid
+                    measure = partial(replicas_row.measure, self.bench, mode, targets, pid, self.options.seconds, run)
+                    self.keep(self.quietest(measure))
+
     def soak(self) -> None:
         """The soak: memory over a great many requests, nginx and this gateway only."""
         self.console.print(f"[bold]{self.options.soak:,} requests: memory[/]")
@@ -334,7 +363,8 @@ def _without_files(arguments: Sequence[str]) -> list[str]:
 
 def bench(options: argparse.Namespace) -> bool:
     """Everything the options ask for; True when this gateway answered rightly throughout."""
-    rows = names(options.rows, [*ROWS, operator_row.NAME], [*ROWS, operator_row.NAME])
+    every = [*ROWS, operator_row.NAME, checks_row.NAME, replicas_row.NAME]
+    rows = names(options.rows, every, every)
     cores = two_cores(options.cores)
     install_peers(names(options.peers, list(PEERS), []))
     tools = build()
@@ -346,6 +376,10 @@ def bench(options: argparse.Namespace) -> bool:
         for row in rows:
             if row in ROWS:
                 session.row(ROWS[row])
+            elif row == checks_row.NAME:
+                session.checks()
+            elif row == replicas_row.NAME:
+                session.replicas()
             else:
                 session.operator()
         if options.soak:

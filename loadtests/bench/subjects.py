@@ -203,6 +203,13 @@ def _forebay(face: str, limits: Mapping[str, object] | None = None) -> Callable[
     return prepare
 
 
+def limited(mode: str, url: str) -> Subject:
+    """This gateway with five limits, kept in its memory or in the store at ``url`` (`leased`, `exact`)."""
+    store: dict[str, object] = {} if mode == "memory" else {"url": url, "mode": mode, "namespace": f"bench-{mode}"}
+    limits: dict[str, object] = {**FIVE_LIMITS, "store": store}
+    return Subject(f"limits-{mode}", PUBLIC_MODEL, _this_version, _forebay("protocol", limits))
+
+
 def _this_version() -> str:
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
