@@ -43,11 +43,11 @@ check: $(STAMP) ## Formatter, linter, strict types and import contracts
 
 .PHONY: test-fast
 test-fast: $(STAMP) ## The suite without the real engine
-	@$(BIN)/python -m pytest -n 3 --dist worksteal -m "not real_engine and not all_engines"
+	@$(BIN)/python -m pytest -n 3 --dist worksteal -m "not real_engine and not all_engines and not load"
 
 .PHONY: test
 test: check ## Everything: checks and the whole suite, the real engine included
-	@$(BIN)/python -m pytest -n 3 --dist worksteal -m "not real_engine and not all_engines"
+	@$(BIN)/python -m pytest -n 3 --dist worksteal -m "not real_engine and not all_engines and not load"
 	@$(BIN)/python -m pytest -m real_engine
 
 .PHONY: test-engines
@@ -59,8 +59,9 @@ bench: $(STAMP) ## Compare with nginx and a naive gateway; PEERS="sglang-router 
 	@$(BIN)/python -m loadtests.bench.run $(if $(PEERS),--peers $(shell echo $(PEERS) | tr ' ' ',')) $(ARGS)
 
 .PHONY: load
-load: $(STAMP) ## Ten thousand clients that leave at every stage: nothing stays held, the ledger is the engine's count
+load: $(STAMP) ## Ten thousand clients that leave at every stage; replicas on one store of limits, under every fault
 	@CLIENTS=10000 $(BIN)/python -m pytest -s tests/engines/simulated/test_accounts.py
+	@$(BIN)/python -m pytest -s -m load
 
 .PHONY: docs
 docs: $(STAMP) ## Write the tables of docs/engines.md anew from what the engines declare

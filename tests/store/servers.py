@@ -18,6 +18,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests.support.leash import leash
 from tests.support.sockets import free_port
 from tests.support.tls import server_context
 
@@ -75,7 +76,9 @@ class Server:
             path.write_text("\n".join([f"port {self.port}", "bind 127.0.0.1", *self._options]) + "\n")
             command = [program(), str(path), "--sentinel"]
         with Path(self._directory, "log").open("wb") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, preexec_fn=leash(signal.SIGKILL)
+            )
         assert self._process.stdin is not None
         if self._sentinel_of is None:
             self._process.stdin.write("\n".join(config).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -16,14 +15,14 @@ from typing import IO, Any, Self
 
 import psutil
 
+from tests.support.leash import leash
+
 PROGRAM = str(Path(sys.executable).with_name("forebay"))
 STOP_WITHIN = 60.0
 """Seconds after which a command that was told to stop is given up."""
 
 _MARK = "TEST_RUN_OF_SERVE"
 """A variable that everything the command starts inherits, however it is started."""
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Served:
@@ -66,7 +65,7 @@ class Served:
             text=True,
             # A foreground group of its own, as a shell gives it: Ctrl-C goes to all in it and to nobody else.
             start_new_session=True,
-            preexec_fn=_end_with_tests if _LIBC else None,
+            preexec_fn=leash(signal.SIGTERM),
             env=self.environment,
         )
         self._readers = [
@@ -162,9 +161,3 @@ def _environment_of(process: psutil.Process) -> dict[str, Any]:
     except psutil.Error:
         # Gone meanwhile, a zombie, or another user's.
         return {}
-
-
-def _end_with_tests() -> None:
-    """Runs in the child before its program: SIGTERM when the test run ends, whatever ends it (Linux)."""
-    assert _LIBC is not None
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
