@@ -99,7 +99,10 @@ class Link:
         waiting, self._waiting = self._waiting, []
         if waiting and self._connection is not None:
             self._flight.extend(waiting)
-            self._connection._writer.write(b"".join([call.packed(whole=False) for call in waiting]))
+            writer = self._connection._writer
+            if writer is not None:
+                # Else it has ended, which its reader is about to hear: then they are lost.
+                writer.write(b"".join([call.packed(whole=False) for call in waiting]))
 
     def healthy(self) -> None:
         """What came up has proved itself: the next loss is a first one."""

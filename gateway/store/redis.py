@@ -227,14 +227,16 @@ class RedisStore:
             lease = self._lease(draw, now)
             back = more = 0
             if self._leased:
-                lease.note(draw.amount, now)
                 # What fits goes back as well, so that the store sees the whole request.
                 back = min(lease.held, draw.amount)
                 if lease.held < draw.amount and draw.bucket not in self._busy:
-                    # One call at a time asks for a lease: several would together hold far more than their part.
+                    # By what was used before: who comes once in a while would only have it carried there and back.
                     more = lease.asks(draw.amount, now, self._live)
+                if more:
+                    # One call at a time asks for a lease: several would together hold far more than their part.
                     self._busy[draw.bucket] = []
                     taking.owns.append(draw.bucket)
+                lease.note(draw.amount, now)
                 lease.held -= back
             # What is on its way back comes first, or a client that asks in turn is refused because of itself.
             noted = self._outbox.pop(draw.bucket, None)
@@ -448,7 +450,13 @@ class RedisStore:
         owed = [name for name, (shape, _) in self._outbox.items() if shape.slots]
         for name in owed:
             del self._outbox[name]
-        self._forgone.update(held, owed)
+        asked = [
+            draw.bucket
+            for taking in self._unanswered
+            for draw, back in zip(taking.ask.draws, taking.backs, strict=True)
+            if back and draw.shape.slots
+        ]
+        self._forgone.update(held, owed, asked)
 
     def _slots_held(self) -> dict[str, int]:
         """Return what the store should hold of this replica's slots, what is still to be given back included."""

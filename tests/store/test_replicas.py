@@ -323,7 +323,7 @@ async def test_whoever_was_taken_for_dead_gives_out_no_slot_that_was_given_to_ot
     still, other = (a_store(shared_server, namespace, clock=clock, server_clock=clock) for _ in range(2))
     await still.start()
     await other.start()
-    for who in range(3):
+    for who in range(4):
         assert isinstance(await reserve(still, slot, who + 1), Granted)
     assert still._leases["s"].held > 0
     still._cancel("tick")
