@@ -52,6 +52,11 @@ class Settlement(enum.StrEnum):
     """No engine accepted it: all comes back, the request itself too."""
 
 
+# Under names of their own: looked up in its class each costs a call of the enum's.
+EXACT, COUNTED, KEPT, VOID = Settlement
+_REQUESTS, _TOKENS, _MONEY, _CONCURRENT, _IN_FLIGHT = Counts
+
+
 class Plan(msgspec.Struct, frozen=True):
     """What applies to one key (or address) on one model, worked out once."""
 
@@ -131,20 +136,20 @@ class Hold:
             raise RuntimeError("a hold was settled twice")
         kind, used = self._used(usage, events, whole, accepted)
         self.settled = kind
-        if kind is Settlement.COUNTED:
+        if kind is COUNTED:
             self.used = Usage(used.prompt, used.output, used.cached)
         plan = self._plan
         cost = 0
         lines: tuple[tuple[str, str, int, int], ...] = ()
         if self._draws:
             charged = amounts(used, plan.weights, plan.prices)
-            cost = charged[Counts.MONEY]
+            cost = charged[_MONEY]
             lines = self._give_back(kind, charged)
         elif plan.prices is not FREE:
             cost = plan.prices.cost(used.prompt, used.cached, used.output, used.reasoning)
-        if kind is Settlement.EXACT:
+        if kind is EXACT:
             self._limiter.learn(self._facts, plan, used, events)
-        return kind, 0 if kind is Settlement.VOID else cost, lines
+        return kind, 0 if kind is VOID else cost, lines
 
     def _give_back(self, kind: Settlement, charged: Sequence[int]) -> tuple[tuple[str, str, int, int], ...]:
         back = []
@@ -152,17 +157,15 @@ class Hold:
         plan = self._plan
         for limit, counted, draw in zip(plan.limits, plan.counted, self._draws, strict=True):
             counts = limit.counts
-            if kind is Settlement.VOID or counts in (Counts.CONCURRENT, Counts.IN_FLIGHT):
+            if kind is VOID or counts in (_CONCURRENT, _IN_FLIGHT):
                 keeps = 0
-            elif kind is Settlement.KEPT or counts is Counts.REQUESTS:
+            elif kind is KEPT or counts is _REQUESTS:
                 keeps = draw.amount
             else:
                 keeps = charged[counts]
             lines.append((limit.bucket, counted, draw.amount, keeps))
-            if not keeps:
-                back.append(draw)
-            elif keeps != draw.amount:
-                back.append(Draw(draw.bucket, draw.shape, draw.amount - keeps))
+            if keeps != draw.amount:
+                back.append(Draw(draw.bucket, draw.shape, draw.amount - keeps) if keeps else draw)
         if back:
             self._limiter.store.settle(back)
         return tuple(lines)
@@ -171,19 +174,19 @@ class Hold:
         facts = self._facts
         writes = bool(facts.route.token_fields)
         if not facts.route.charged:
-            return (Settlement.EXACT if whole else Settlement.VOID), Size(0, 0)
+            return (EXACT if whole else VOID), Size(0, 0)
         if usage is not None and usage.prompt is not None:
             known = Size(usage.prompt, usage.completion or 0, usage.cached or 0, usage.reasoning or 0)
             # Usage comes last in OpenAI's dialect; in the others what comes first is not all.
             if (whole or facts.route.dialect is OPENAI) and (usage.completion is not None or not writes):
-                return Settlement.EXACT, known
+                return EXACT, known
             counted = max(known.output, self._limiter.tokens(facts, events))
-            return Settlement.COUNTED, Size(known.prompt, counted, known.cached, known.reasoning)
+            return COUNTED, Size(known.prompt, counted, known.cached, known.reasoning)
         # An answer that is no stream is one event, which says nothing of its length.
         size = self._size or self._limiter.estimate(self._plan, facts)
         if (events > 1 and writes and usage is None) if whole else events:
-            return Settlement.COUNTED, Size(size.prompt, self._limiter.tokens(facts, events))
-        return (Settlement.KEPT if accepted or whole else Settlement.VOID), size
+            return COUNTED, Size(size.prompt, self._limiter.tokens(facts, events))
+        return (KEPT if accepted or whole else VOID), size
 
 
 class Limiter:
@@ -326,7 +329,7 @@ class Limiter:
 
     def _affordable(self, plan: Plan, facts: Facts, size: Size, left: int, counts: Counts) -> int:
         """Return the output tokens of each answer that what is left of a budget pays for, after the prompt."""
-        rates = plan.weights if counts is Counts.TOKENS else plan.prices
+        rates = plan.weights if counts is _TOKENS else plan.prices
         each = max(rates.output, rates.reasoning)
         if not each or not facts.route.token_fields:
             return 0
@@ -368,7 +371,7 @@ class Limiter:
 
     def _expected_slot(self, limit: Limit, bucket: Bucket) -> float:
         """Return the seconds after which one of the slots in use may be expected to come free."""
-        at_once = max(1, -bucket.level // UNIT) if limit.counts is Counts.CONCURRENT else 1
+        at_once = max(1, -bucket.level // UNIT) if limit.counts is _CONCURRENT else 1
         return min(30.0, max(0.25, self._metrics.mean_duration() / at_once))
 
     async def explain(self, plan: Plan) -> list[tuple[Limit, Bucket]]:
@@ -384,11 +387,11 @@ class Limiter:
 
 def _roomy(limit: Limit, weights: Rates, prices: Rates) -> int:
     """Return how many tokens, of whatever kind, a whole bucket is enough for."""
-    if limit.counts is Counts.IN_FLIGHT:
+    if limit.counts is _IN_FLIGHT:
         return limit.shape.capacity // UNIT
-    if limit.counts not in (Counts.TOKENS, Counts.MONEY):
+    if limit.counts not in (_TOKENS, _MONEY):
         return NEVER
-    rates = weights if limit.counts is Counts.TOKENS else prices
+    rates = weights if limit.counts is _TOKENS else prices
     return limit.shape.capacity // max(1, rates.input, rates.cached, rates.output, rates.reasoning)
 
 

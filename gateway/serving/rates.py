@@ -17,6 +17,7 @@ LONGEST_RETRY = 60.0
 """Seconds: beyond this an SDK would come back sooner than it was told, so it is told not to."""
 _FAMILIES = ((Counts.REQUESTS, b"requests"), (Counts.TOKENS, b"tokens"))
 _HEADERS = (b"limit", b"remaining", b"reset")
+_STORE = Standing.STORE
 _KINDS = {
     Counts.REQUESTS: Kind.TOO_MANY_REQUESTS,
     Counts.CONCURRENT: Kind.TOO_MANY_REQUESTS,
@@ -42,12 +43,13 @@ def go_duration(microseconds: int) -> str:
 
 
 class Family(msgspec.Struct, frozen=True):
-    """One family of headers: their names, and which of the limits they are about."""
+    """One family of headers: which of the limits they are about, and what of them is always the same."""
 
-    limit: bytes
+    which: tuple[int, ...]
+    limits: tuple[Header, ...]
+    """Whole headers, one for each of these limits."""
     remaining: bytes
     reset: bytes
-    which: tuple[int, ...]
 
 
 def families(limits: Sequence[Limit]) -> tuple[Family, ...]:
@@ -57,7 +59,8 @@ def families(limits: Sequence[Limit]) -> tuple[Family, ...]:
         which = tuple(at for at, limit in enumerate(limits) if limit.counts is counts and not limit.budget)
         if which:
             limit, remaining, reset = (b"x-ratelimit-%b-%b" % (kind, name) for kind in _HEADERS)
-            found.append(Family(limit, remaining, reset, which))
+            whole = tuple((limit, b"%d" % (limits[at].shape.capacity // UNIT)) for at in which)
+            found.append(Family(which, whole, remaining, reset))
     return tuple(found)
 
 
@@ -71,19 +74,20 @@ def rate_headers(
     headers: list[Header] = []
     for family in about:
         which = family.which
-        at = which[0]
-        for other in which[1:]:
-            if buckets[other].level < buckets[at].level:
-                at = other
-        shape, bucket = shapes[at], buckets[at]
+        bucket, least = buckets[which[0]], 0
+        for position in range(1, len(which)):
+            other = buckets[which[position]]
+            if other.level < bucket.level:
+                bucket, least = other, position
+        shape = shapes[which[least]]
         # A wait is a microsecond on the safe side.
         reset = max(0, wait(shape, bucket, shape.capacity, bucket.at) - 1)
         headers += (
-            (family.limit, b"%d" % (shape.capacity // UNIT)),
+            family.limits[least],
             (family.remaining, b"%d" % max(0, bucket.level // UNIT)),
             (family.reset, go_duration(reset).encode("ascii")),
         )
-    if standing is not Standing.STORE:
+    if standing is not _STORE:
         headers.append((b"x-forebay-limits", standing.value.encode("ascii")))
     return headers
 

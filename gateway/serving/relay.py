@@ -29,7 +29,7 @@ from gateway.serving.dialect import Route
 from gateway.serving.meter import Meter, Usage
 from gateway.serving.pool import Endpoint, Pool
 from gateway.serving.redact import redact
-from gateway.serving.ticket import Attempt, Outcome, Ticket
+from gateway.serving.ticket import OK, Attempt, Outcome, Ticket
 from gateway.serving.upstream import Connection, Loss
 
 Header = tuple[bytes, bytes]
@@ -365,7 +365,7 @@ class Relay:
         ticket.usage = usage
         ticket.mark(now, 1)
         headers = self._headers(now, stream=False)
-        self._finish(Outcome.OK, 200, now)
+        self._finish(OK, 200, now)
         self._client.respond(200, headers, body)
 
     def on_lost(self, loss: Loss, detail: str) -> None:
@@ -452,7 +452,7 @@ class Relay:
         """End a stream that said its end mark."""
         headers = None if self._committed else self._headers(now)
         self._committed = True
-        self._finish(Outcome.OK, 200, now)
+        self._finish(OK, 200, now)
         if headers is not None:
             self._client.start_stream(headers, out)
             out = b""
@@ -467,11 +467,11 @@ class Relay:
         if connection is not None:
             # It was sent and nothing speaks against its being worked on.
             self._ticket.accepted |= self._connected
-            if outcome is Outcome.OK:
+            if outcome is OK:
                 connection.release()
             else:
                 connection.abort()
-        if outcome is Outcome.OK and self._endpoint is not None:
+        if outcome is OK and self._endpoint is not None:
             self._endpoint.went_well(now)
         self._give_back()
         if self._meter is not None and self._meter.usage is not None:
