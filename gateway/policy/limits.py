@@ -36,7 +36,10 @@ class Rates(msgspec.Struct, frozen=True, gc=False):
 
     def cost(self, prompt: int, cached: int, output: int, reasoning: int) -> int:
         """Return the cost of a request: ``cached`` are among ``prompt``, ``reasoning`` among ``output``."""
-        cached, reasoning = min(cached, prompt), min(reasoning, output)
+        if cached > prompt:
+            cached = prompt
+        if reasoning > output:
+            reasoning = output
         return (
             (prompt - cached) * self.input
             + cached * self.cached
@@ -82,7 +85,7 @@ def amounts(size: Size, weights: Rates, prices: Rates) -> tuple[int, int, int, i
     return (
         UNIT,
         weights.cost(size.prompt, size.cached, size.output, size.reasoning),
-        prices.cost(size.prompt, size.cached, size.output, size.reasoning),
+        prices.cost(size.prompt, size.cached, size.output, size.reasoning) if prices is not FREE else 0,
         UNIT,
         (size.prompt + size.output) * UNIT,
     )

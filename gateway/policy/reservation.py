@@ -118,7 +118,11 @@ def _take_plainly(needs: Sequence[Asking], buckets: Sequence[Bucket], now: int) 
 def give(shape: Shape, bucket: Bucket, amount: int, now: int) -> Bucket:
     """Return a bucket to which ``amount`` was given back; below zero, it is taken even where that is a debt."""
     bucket = refill(shape, bucket, now)
-    level = max(min(bucket.level + amount, 0 if shape.slots else shape.capacity), -LARGEST)
+    level, most = bucket.level + amount, 0 if shape.slots else shape.capacity
+    if level > most:
+        level = most
+    elif level < -LARGEST:
+        level = -LARGEST
     return Bucket(level, bucket.at, bucket.part, bucket.epoch, bucket.promises)
 
 

@@ -7,6 +7,7 @@ Rule 3: what a request used is charged by what is known of it, and how it is kno
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import zlib
 from collections.abc import Callable, Generator, Sequence
@@ -64,6 +65,8 @@ class Plan(msgspec.Struct, frozen=True):
     organisation: str
     limits: tuple[Limit, ...]
     shapes: tuple[Shape, ...]
+    seed: int
+    """Of what stands for a request: the same body of another key is another one."""
     counted: tuple[str, ...]
     """What each limit counts, in a word."""
     about: tuple[Family, ...]
@@ -230,6 +233,7 @@ class Limiter:
             organisation=organisation_of(who.tenant, known) if who.public_id else "",
             limits=limits,
             shapes=shapes,
+            seed=zlib.crc32(who.public_id.encode()),
             counted=tuple(limit.counts.name.lower() for limit in limits),
             about=families(limits),
             weights=weights,
@@ -266,7 +270,7 @@ class Limiter:
 
     def _reserve(self, draws: tuple[Draw, ...], facts: Facts) -> Generator[Pending, Verdict, Granted | Refused]:
         verdict = self.store.reserve(draws, facts.who, first=facts.first)
-        if isinstance(verdict, Granted | Refused):
+        if not isinstance(verdict, asyncio.Future):
             return verdict
         try:
             return (yield Pending(verdict))
@@ -412,7 +416,7 @@ def read_facts(
     """Read off a body what its size can be estimated by, and who it is where a limit might refuse it. ``media``: how
     many images and the like are in it, and their bytes."""
     parts, size = media[0], len(body) - media[1]
-    who = zlib.crc32(body, zlib.crc32(plan.who.public_id.encode())) + _NOT_ZERO if plan.limits else 0
+    who = zlib.crc32(body, plan.seed) + _NOT_ZERO if plan.limits else 0
     return Facts(route, model, fields, size, parts, _answers(route, fields), stated, _counted(fields), who, first)
 
 
