@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -57,37 +58,38 @@ def refusal(answer: Response) -> tuple[int, Any, Any]:
 
 # --- answers and output tokens ---------------------------------------------------------------------------------------
 
+ANSWERS_ASKED_FOR: list[tuple[str, dict[str, Any], bool]] = [
+    (CHAT, {}, True),
+    (CHAT, {"n": 1}, True),
+    (CHAT, {"n": 3}, True),
+    (CHAT, {"n": 4}, False),
+    (CHAT, {"n": None}, True),
+    (CHAT, {"n": 10**30}, False),
+    (CHAT, {"n": "3"}, False),
+    (COMPLETIONS, {"n": 3}, True),
+    (COMPLETIONS, {"n": 4}, False),
+    (COMPLETIONS, {"best_of": 4}, False),
+    (COMPLETIONS, {"prompt": ["a", "b", "c"]}, True),
+    (COMPLETIONS, {"prompt": ["a", "b", "c", "d"]}, False),
+    (COMPLETIONS, {"prompt": ["a", "b"], "n": 2}, False),
+    (COMPLETIONS, {"prompt": [[1, 2], [3]], "n": 2}, False),
+    (COMPLETIONS, {"prompt": [1, 2, 3, 4, 5, 6]}, True),
+]
 
-@pytest.mark.parametrize(
-    ("path", "fields", "passes"),
-    [
-        (CHAT, {}, True),
-        (CHAT, {"n": 1}, True),
-        (CHAT, {"n": 3}, True),
-        (CHAT, {"n": 4}, False),
-        (CHAT, {"n": None}, True),
-        (CHAT, {"n": 10**30}, False),
-        (CHAT, {"n": "3"}, False),
-        (COMPLETIONS, {"n": 3}, True),
-        (COMPLETIONS, {"n": 4}, False),
-        (COMPLETIONS, {"best_of": 4}, False),
-        (COMPLETIONS, {"prompt": ["a", "b", "c"]}, True),
-        (COMPLETIONS, {"prompt": ["a", "b", "c", "d"]}, False),
-        (COMPLETIONS, {"prompt": ["a", "b"], "n": 2}, False),
-        (COMPLETIONS, {"prompt": [[1, 2], [3]], "n": 2}, False),
-        (COMPLETIONS, {"prompt": [1, 2, 3, 4, 5, 6]}, True),
-    ],
-)
+
 async def test_answers_in_one_request_are_capped(
-    start_gateway: StartGateway, upstream: ScriptedUpstream, path: str, fields: dict[str, Any], passes: bool
+    start_gateway: StartGateway, upstream: ScriptedUpstream, subtests: pytest.Subtests
 ) -> None:
     """Over all prompts of the request: a list of prompts is that many answers."""
     gateway = await capped(start_gateway, upstream, n=3)
-    answer = await gateway.ask(body_for(path, **fields), path)
-    assert answer.status == (200 if passes else 400)
-    assert len(relayed(upstream)) == (1 if passes else 0)
-    if not passes:
-        assert refusal(answer)[2] in ("n", "best_of")
+    for path, fields, passes in ANSWERS_ASKED_FOR:
+        with subtests.test(path, **fields):
+            before = len(relayed(upstream))
+            answer = await gateway.ask(body_for(path, **fields), path)
+            assert answer.status == (200 if passes else 400)
+            assert len(relayed(upstream)) - before == (1 if passes else 0)
+            if not passes:
+                assert refusal(answer)[2] in ("n", "best_of")
 
 
 @pytest.mark.parametrize(
@@ -191,24 +193,26 @@ async def test_a_long_prompt_is_counted_by_the_engine(
     assert asked(upstream, path)[0][limit] == (16 if path == COMPLETIONS else 95)
 
 
-@pytest.mark.parametrize(
-    ("count", "output", "passes"),
-    [(400, 100, True), (401, 100, False), (499, None, True), (500, None, False), (9000, None, False), (1, 501, False)],
-)
 async def test_prompt_and_output_together_are_capped(
-    start_gateway: StartGateway, upstream: ScriptedUpstream, count: int, output: int | None, passes: bool
+    start_gateway: StartGateway, upstream: ScriptedUpstream, subtests: pytest.Subtests
 ) -> None:
     """To the token; the refusal is the one of a prompt too long for the model."""
     gateway = await capped(start_gateway, upstream, context=500)
-    counts(upstream, count)
-    answer = await gateway.ask(chat(messages=[{"role": "user", "content": LONG}], max_tokens=output))
-    if passes:
-        assert answer.status == 200
-        assert asked(upstream, CHAT)[0]["max_tokens"] == (output or 500 - count)
-        return
-    assert refusal(answer) == (400, "context_length_exceeded", None)
-    assert "at most 500 tokens of context" in answer.json()["error"]["message"]
-    assert asked(upstream, CHAT) == []
+    passing: list[tuple[int, int | None]] = [(400, 100), (499, None)]
+    for count, output in passing:
+        with subtests.test("passes", count=count, output=output):
+            counts(upstream, count)
+            answer = await gateway.ask(chat(messages=[{"role": "user", "content": LONG}], max_tokens=output))
+            assert answer.status == 200
+            assert asked(upstream, CHAT)[-1]["max_tokens"] == (output or 500 - count)
+    refused: list[tuple[int, int | None]] = [(401, 100), (500, None), (9000, None), (1, 501)]
+    for count, output in refused:
+        with subtests.test("is refused", count=count, output=output):
+            counts(upstream, count)
+            answer = await gateway.ask(chat(messages=[{"role": "user", "content": LONG}], max_tokens=output))
+            assert refusal(answer) == (400, "context_length_exceeded", None)
+            assert "at most 500 tokens of context" in answer.json()["error"]["message"]
+            assert len(asked(upstream, CHAT)) == len(passing)
 
 
 @pytest.mark.parametrize(
@@ -289,30 +293,26 @@ CONTROL = [
 ]
 
 
-@pytest.mark.parametrize("path", sorted(RELAYED))
 async def test_what_steers_the_engine_is_not_for_clients(
-    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, path: str
+    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
     """On every path, whatever the value, null included: the answer names the field."""
     client = await connect(gateway.url)
-    for name in CONTROL:
-        for value in (None, 1, "x", {"a": 1}):
-            client.post(path, body_for(path, **{name: value}), AUTH)
-            answer = await client.response()
-            assert answer.status == 400
-            assert f"'{name}' is not for clients to set" in answer.json()["error"]["message"]
-            if path != MESSAGES:
-                assert refusal(answer)[1:] == ("field_not_allowed", name)
+    for path, name, value in product(sorted(RELAYED), CONTROL, (None, 1, "x", {"a": 1})):
+        client.post(path, body_for(path, **{name: value}), AUTH)
+        answer = await client.response()
+        assert answer.status == 400, (path, name, value)
+        assert f"'{name}' is not for clients to set" in answer.json()["error"]["message"]
+        if path != MESSAGES:
+            assert refusal(answer)[1:] == ("field_not_allowed", name)
     assert relayed(upstream) == []
 
 
-@pytest.mark.parametrize("name", ["chat_template", "tokenize", "conversation", "tools", "documents"])
-async def test_a_template_is_not_steered_through_its_arguments(
-    gateway: Gateway, upstream: ScriptedUpstream, name: str
-) -> None:
+async def test_a_template_is_not_steered_through_its_arguments(gateway: Gateway, upstream: ScriptedUpstream) -> None:
     """The engine hands these on to the template's own function, where they would take its parameters' places."""
-    answer = await gateway.ask(chat(chat_template_kwargs={"enable_thinking": True, name: "x"}))
-    assert refusal(answer) == (400, "field_not_allowed", "chat_template_kwargs")
+    for name in ("chat_template", "tokenize", "conversation", "tools", "documents"):
+        answer = await gateway.ask(chat(chat_template_kwargs={"enable_thinking": True, name: "x"}))
+        assert refusal(answer) == (400, "field_not_allowed", "chat_template_kwargs"), name
     assert relayed(upstream) == []
 
 

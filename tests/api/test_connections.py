@@ -64,21 +64,22 @@ GARBAGE = {
 }
 
 
-@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE.keys())
 async def test_what_is_not_http_gets_a_400_and_the_end(
-    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, garbage: bytes
+    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, subtests: pytest.Subtests
 ) -> None:
     """An answer that a person with a wrong port or scheme can read, in the envelope, with an id."""
-    client = await connect(gateway.url)
-    client.send(garbage)
-    answer = await client.response()
-    assert answer.status == 400
-    assert answer.json()["error"]["type"] == "invalid_request_error"
-    assert code_of(answer) is None
-    assert answer.header("connection") == "close"
-    assert await client.ended() in ("close", "reset")
-    assert relayed(upstream) == []
-    assert (await gateway.line())["status"] == 400
+    for index, (name, garbage) in enumerate(GARBAGE.items()):
+        with subtests.test(name):
+            client = await connect(gateway.url)
+            client.send(garbage)
+            answer = await client.response()
+            assert answer.status == 400
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+            assert code_of(answer) is None
+            assert answer.header("connection") == "close"
+            assert await client.ended() in ("close", "reset")
+            assert relayed(upstream) == []
+            assert (await gateway.line(index=index))["status"] == 400
 
 
 SMUGGLED = {
@@ -99,19 +100,20 @@ SMUGGLED = {
 }
 
 
-@pytest.mark.parametrize("lines", SMUGGLED.values(), ids=SMUGGLED.keys())
 async def test_a_body_of_two_meanings_is_refused(
-    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, lines: tuple[str, ...]
+    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, subtests: pytest.Subtests
 ) -> None:
     """Where two readers could disagree on the end of a body, the connection ends: nothing after it is a request."""
-    client = await connect(gateway.url)
-    client.send(raw_post(*lines, body=b"0\r\n\r\n" + HEALTH))
-    answer = await client.response()
-    assert answer.status == 400
-    assert code_of(answer) is None
-    assert await client.ended() in ("close", "reset")
-    assert relayed(upstream) == []
-    assert bytes(client.received).count(b"HTTP/1.1 ") == 1
+    for name, lines in SMUGGLED.items():
+        with subtests.test(name):
+            client = await connect(gateway.url)
+            client.send(raw_post(*lines, body=b"0\r\n\r\n" + HEALTH))
+            answer = await client.response()
+            assert answer.status == 400
+            assert code_of(answer) is None
+            assert await client.ended() in ("close", "reset")
+            assert relayed(upstream) == []
+            assert bytes(client.received).count(b"HTTP/1.1 ") == 1
 
 
 CHUNKS = {
@@ -123,19 +125,20 @@ CHUNKS = {
 }
 
 
-@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
 async def test_malformed_chunks_are_refused(
-    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, chunks: bytes
+    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, subtests: pytest.Subtests
 ) -> None:
     """No engine sees the request, and nothing of it stays alive."""
-    client = await connect(gateway.url)
-    client.send(raw_post("transfer-encoding: chunked", body=chunks))
-    answer = await client.response()
-    assert answer.status == 400
-    assert code_of(answer) is None
-    assert await client.ended() in ("close", "reset")
-    assert relayed(upstream) == []
-    await gateway.idle()
+    for name, chunks in CHUNKS.items():
+        with subtests.test(name):
+            client = await connect(gateway.url)
+            client.send(raw_post("transfer-encoding: chunked", body=chunks))
+            answer = await client.response()
+            assert answer.status == 400
+            assert code_of(answer) is None
+            assert await client.ended() in ("close", "reset")
+            assert relayed(upstream) == []
+            await gateway.idle()
 
 
 async def test_a_chunked_body_is_read_however_it_is_cut(

@@ -23,10 +23,10 @@ SERVED = [r for r in ANSWERED if not FORBIDDEN.intersection(r.request_json()) an
 STREAMS_WITH_USAGE = ["chat_stream_usage", "chat_stream_continuous_usage", "comp_stream_usage", "s2_stream_reqid"]
 
 
-def renamed(body: bytes, engine_model: str) -> bytes:
+def renamed(body: bytes, engine_model: str, public: str = MODEL) -> bytes:
     """Return an answer with the public name (no recorded text holds the needle), without the engine's keep-alives."""
     body = body.replace(b": keep-alive\n\n", b"")
-    return body.replace(b'"model":"%b"' % engine_model.encode(), b'"model":"%b"' % MODEL.encode())
+    return body.replace(b'"model":"%b"' % engine_model.encode(), b'"model":"%b"' % public.encode())
 
 
 def without_usage_chunk(body: bytes) -> bytes:
@@ -66,23 +66,28 @@ def test_every_relayed_path_has_a_recording() -> None:
     assert streamed == {path for path, route in RELAYED.items() if route.streams}
 
 
-@pytest.mark.parametrize("recording", SERVED, ids=str)
 async def test_what_was_recorded_comes_through_byte_for_byte(
-    start_gateway: StartGateway, upstream: ScriptedUpstream, recording: Recording
+    start_gateway: StartGateway, upstream: ScriptedUpstream, subtests: pytest.Subtests
 ) -> None:
     """The engine gets the recorded request, the client the recorded answer under the name it used."""
-    request = {**recording.request_json(), "model": MODEL}
-    gateway, answer = await exchange(start_gateway, upstream, recording, request)
-    assert answer.status == 200
-    assert answer.complete
-    assert answer.body == renamed(recording.body, recording.request_json()["model"])
-    assert relayed(upstream)[0].target == recording.path
-    assert relayed(upstream)[0].json() == as_asked_of_the_engine(request, recording)
-    kind = "text/event-stream; charset=utf-8" if recording.is_stream else "application/json"
-    assert answer.header("content-type") == kind
-    line = await gateway.line()
-    assert (line["outcome"], line["model"], line["path"]) == ("ok", MODEL, recording.path)
-    await gateway.idle()
+    names = {engine: f"public/{engine}" for engine in sorted({r.request_json()["model"] for r in SERVED})}
+    gateway = await start_gateway(serving(upstream, models={public: engine for engine, public in names.items()}))
+    for index, recording in enumerate(SERVED):
+        with subtests.test(str(recording)):
+            engine_model = recording.request_json()["model"]
+            request = {**recording.request_json(), "model": names[engine_model]}
+            upstream.always(play(recording), path=recording.path)
+            answer = await gateway.ask(request, recording.path)
+            assert answer.status == 200
+            assert answer.complete
+            assert answer.body == renamed(recording.body, engine_model, names[engine_model])
+            assert relayed(upstream)[index].target == recording.path
+            assert relayed(upstream)[index].json() == as_asked_of_the_engine(request, recording)
+            kind = "text/event-stream; charset=utf-8" if recording.is_stream else "application/json"
+            assert answer.header("content-type") == kind
+            line = await gateway.line(index=index)
+            assert (line["outcome"], line["model"], line["path"]) == ("ok", request["model"], recording.path)
+            await gateway.idle()
 
 
 @pytest.mark.parametrize("name", STREAMS_WITH_USAGE)

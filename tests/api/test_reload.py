@@ -249,37 +249,37 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("sections", "told"), WRONG, ids=[told for _, told in WRONG])
 async def test_a_wrong_file_is_refused_whole(
-    start_gateway: StartGateway, file: File, sections: dict[str, Any], told: str
+    start_gateway: StartGateway, file: File, subtests: pytest.Subtests
 ) -> None:
     """Every problem is logged, and nothing of the file takes effect, not even what was right in it."""
     gateway = await start_gateway(path=file.path)
-    file.write(**{"bounds": {"body": 10}, **sections})
-    problems = await gateway.replica.reload()
-    assert len(problems) == 1
-    assert told in problems[0]
-    (line,) = gateway.lines("reload_refused")
-    assert (line["level"], line["problems"]) == ("error", problems)
-    assert await status(gateway) == 200
-    assert gateway.lines("reloaded") == []
+    right = dict(file.tree)
+    for index, (sections, told) in enumerate(WRONG):
+        with subtests.test(told):
+            file.tree = dict(right)
+            file.write(**{"bounds": {"body": 10}, **sections})
+            problems = await gateway.replica.reload()
+            assert len(problems) == 1
+            assert told in problems[0]
+            lines = gateway.lines("reload_refused")
+            assert len(lines) == index + 1
+            assert (lines[-1]["level"], lines[-1]["problems"]) == ("error", problems)
+            assert await status(gateway) == 200
+            assert gateway.lines("reloaded") == []
 
 
-@pytest.mark.parametrize(
-    "content", [b"keys: [", b"- a list\n", b"\xff\xfe", None], ids=["cut", "list", "bytes", "gone"]
-)
-async def test_a_file_that_cannot_be_read_is_refused(
-    start_gateway: StartGateway, file: File, content: bytes | None
-) -> None:
+async def test_a_file_that_cannot_be_read_is_refused(start_gateway: StartGateway, file: File) -> None:
     gateway = await start_gateway(path=file.path)
-    if content is None:
-        file.path.unlink()
-    else:
-        file.path.write_bytes(content)
-    assert len(await gateway.replica.reload()) == 1
-    assert await status(gateway) == 200
-    file.write()
-    assert await gateway.replica.reload() == []
+    for content in (b"keys: [", b"- a list\n", b"\xff\xfe", None):
+        if content is None:
+            file.path.unlink()
+        else:
+            file.path.write_bytes(content)
+        assert len(await gateway.replica.reload()) == 1, content
+        assert await status(gateway) == 200
+        file.write()
+        assert await gateway.replica.reload() == [], content
 
 
 async def test_a_database_that_cannot_be_opened_is_refused_too(

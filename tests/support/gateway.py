@@ -19,9 +19,21 @@ import pytest
 from pydantic import SecretStr
 
 from gateway.app import Replica
-from gateway.settings import AdminListen, Discovery, KeySettings, Listen, Log, Settings, Shutdown, Upstream, load
+from gateway.settings import (
+    AdminListen,
+    Discovery,
+    KeySettings,
+    Listen,
+    Log,
+    Settings,
+    Shutdown,
+    Upstream,
+    _cross_field_problems,
+    load,
+)
 from gateway.state.database import upgrade
 from gateway.store.memory import MemoryStore
+from gateway.values import Section
 from tests.support.client import RawClient, Response, request_bytes
 from tests.support.clock import ManualClock
 from tests.support.http1 import Headers
@@ -173,10 +185,24 @@ def settings_for(face: Face, folder: Path, upstreams: Iterable[ScriptedUpstream 
         # An engine is looked at when the gateway starts, and again only when a request finds it gone.
         "discovery": Discovery(interval=3600),
     }
-    settings = Settings(**{**parts, **more})
+    settings = _settings({**parts, **more})
     if settings.auth == "keys" and settings.state.url is None:
         give_database(settings.data_dir / "forebay.db")
     return settings
+
+
+def _settings(parts: dict[str, Any]) -> Settings:
+    if not all(isinstance(part, Section | Path | tuple) for part in parts.values()):
+        return Settings(**parts)
+    # Each section was checked when it was made; what is left to check is how they fit together.
+    settings = _defaults().model_copy(update=parts)
+    assert not list(_cross_field_problems(settings))
+    return settings
+
+
+@cache
+def _defaults() -> Settings:
+    return Settings()
 
 
 def give_database(file: Path) -> None:

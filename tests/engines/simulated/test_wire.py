@@ -86,10 +86,14 @@ async def _ask(engine: RunningEngine, recording: Recording) -> httpx.Response:
     return await engine.client.request(recording.method, recording.path, content=content, headers=headers)
 
 
-@pytest.mark.parametrize("recording", COVERED, ids=str)
-async def test_answers_have_the_recorded_form(engine: RunningEngine, recording: Recording) -> None:
+async def test_answers_have_the_recorded_form(engine: RunningEngine, subtests: pytest.Subtests) -> None:
     """The same request gets the same status, type of content, keys and types of values; errors the same words."""
-    answer = await _ask(engine, recording)
+    for recording in COVERED:
+        with subtests.test(str(recording)):
+            _same_form(await _ask(engine, recording), recording)
+
+
+def _same_form(answer: httpx.Response, recording: Recording) -> None:
     assert answer.status_code == recording.status, answer.text
     assert answer.headers.get("content-type") == recording.header("content-type")
     if recording.is_stream:
