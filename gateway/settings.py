@@ -41,6 +41,7 @@ from gateway.values import (
     KIB,
     MIB,
     Count,
+    Described,
     Duration,
     EngineKind,
     ModelPattern,
@@ -499,13 +500,12 @@ def _default_data_dir() -> Path:
     return Path(home).expanduser() if home else Path.home() / ".local" / "share" / "forebay"
 
 
-class Settings(BaseSettings):
+class Settings(Described, BaseSettings):
     """The whole configuration. Built directly it reads nothing but FOREBAY_HOME; `load` reads file and environment."""
 
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
-        use_attribute_docstrings=True,
         hide_input_in_errors=True,
         validate_default=False,
         env_prefix=ENV_PREFIX,
