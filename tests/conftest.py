@@ -6,9 +6,11 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import AsyncExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer.testing
 import uvloop
 from hypothesis import settings
 
@@ -22,6 +24,9 @@ from tests.support.upstream import ScriptedUpstream
 # An example's time says how busy the machine is.
 settings.register_profile("forebay", deadline=None)
 settings.load_profile("forebay")
+
+# The command is put together once, as in a process of its own: that takes longer than most of what it is asked here.
+typer.testing._get_command = cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 LOOPS: dict[str, LoopFactory] = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

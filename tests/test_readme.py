@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,23 @@ def parse(command: TyperGroup | TyperCommand, name: str, arguments: list[str]) -
             parse(found, found_name, rest)
 
 
+@cache
+def whole_command() -> TyperGroup:
+    command = get_command(app)
+    assert isinstance(command, TyperGroup)
+    return command
+
+
 FOREBAY = [words for words in commands() if Path(words[0]).name == "forebay"]
 MAKE = [words for words in commands() if words[0] == "make"]
 
 
 @pytest.mark.parametrize("words", FOREBAY, ids=shlex.join)
 def test_a_forebay_command_exists(words: list[str]) -> None:
-    command = get_command(app)
-    assert isinstance(command, TyperGroup)
-    parse(command, "forebay", words[1:])
+    parse(whole_command(), "forebay", words[1:])
 
 
 def test_a_command_that_does_not_exist_would_be_noticed() -> None:
-    command = get_command(app)
-    assert isinstance(command, TyperGroup)
     for wrong in (
         ["srve"],
         ["serve", "--upstrem", "http://a"],
@@ -93,7 +97,7 @@ def test_a_command_that_does_not_exist_would_be_noticed() -> None:
         ["engines", "install", "--device", "x"],
     ):
         with pytest.raises(Exception, match=r"No such|is not one of"):
-            parse(command, "forebay", wrong)
+            parse(whole_command(), "forebay", wrong)
 
 
 @pytest.mark.parametrize("words", MAKE, ids=shlex.join)

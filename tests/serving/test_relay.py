@@ -187,9 +187,9 @@ async def test_the_bound_on_connections_holds(
 async def test_a_slow_reader_gets_everything_and_makes_the_engine_wait(
     gateway: Gateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
-    """30 MB that nobody takes are not held here: the engine's own writes stop."""
+    """15 MB that nobody takes are not held here: the engine's own writes stop."""
     pad = b'data: {"pad":"%b"}\n\n' % (b"x" * 60_000)
-    events = [b'data: {"model":"smollm2"}\n\n', *[pad] * 500, DONE]
+    events = [b'data: {"model":"smollm2"}\n\n', *[pad] * 250, DONE]
     upstream.queue(event_stream(events), path=CHAT)
     client = await connect(gateway.url, receive_buffer=4096)
     client.post(CHAT, chat(stream=True), AUTH)
