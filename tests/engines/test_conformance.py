@@ -163,6 +163,15 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield one
 
 
+@pytest.fixture(autouse=True)
+def leak_check(request: pytest.FixtureRequest) -> None:
+    """The same for what follows a test that ended its engine, in whatever order: it is back before anything counts."""
+    if "kept" in request.fixturenames:
+        request.getfixturevalue("kept").engine()
+    if asyncio.iscoroutinefunction(request.function):
+        request.getfixturevalue("leaves_nothing_behind")
+
+
 @pytest.fixture
 def engine(kept: Keeper) -> RealEngine:
     """The kind's engine."""
