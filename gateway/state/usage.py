@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Dialect
 
 from gateway.state.database import READ_ONLY, StateError, exists, open_database, translated, upgrade, usage_table
 from gateway.values import parse_duration
@@ -146,6 +147,22 @@ def dollars(nanos: int) -> str:
     return f"{sign}{whole}.{cents:02d}" + (f"{fraction:07d}".rstrip("0") if fraction else "")
 
 
+_inserts: dict[tuple[str, str], tuple[str, bool]] = {}
+
+
+def _insert_for(dialect: Dialect) -> tuple[str, bool]:
+    """Return the statement that writes a row, and whether its values go by position; made once for each driver."""
+    driver = dialect.name, dialect.driver
+    if driver not in _inserts:
+        kind = sqlite if dialect.name == "sqlite" else postgresql
+        # A replay of what was written already changes nothing.
+        statement = kind.insert(usage_table).on_conflict_do_nothing(index_elements=["request_id"])
+        compiled = statement.compile(dialect=dialect, column_keys=[column.name for column in usage_table.columns])
+        # Handed to the driver as text: SQLAlchemy's look at each value would cost more than storing it.
+        _inserts[driver] = str(compiled), compiled.positional
+    return _inserts[driver]
+
+
 class UsageStore:
     """The usage table of one state database, which is made when the first row comes and there is none."""
 
@@ -153,12 +170,7 @@ class UsageStore:
         self._url = url
         self._engine = open_database(url)
         self._is_sqlite = self._engine.dialect.name == "sqlite"
-        dialect = sqlite if self._is_sqlite else postgresql
-        # A replay of what was written already changes nothing.
-        statement = dialect.insert(usage_table).on_conflict_do_nothing(index_elements=["request_id"])
-        compiled = statement.compile(self._engine, column_keys=[column.name for column in usage_table.columns])
-        # Handed to the driver as text: SQLAlchemy's look at each value would cost more than storing it.
-        self._insert, self._is_positional = str(compiled), compiled.positional
+        self._insert, self._is_positional = _insert_for(self._engine.dialect)
         self._insert_many = _for_many_rows(self._insert) if self._is_sqlite else ""
         self._second, self._day, self._prefix = -1, "", ""
         self._upgraded = False
