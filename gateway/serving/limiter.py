@@ -27,7 +27,7 @@ from gateway.serving.pending import Pending
 from gateway.serving.rates import Family, Header, families, never_fits, rate_headers, refusal
 from gateway.serving.tokens import count_prompts
 from gateway.state.keys import KeyRecord
-from gateway.store.protocol import Draw, Granted, Refused, Standing, Store, Verdict
+from gateway.store.protocol import Buckets, Draw, Granted, Refused, Standing, Store, Verdict
 
 MOST_PLANS = 50_000
 """Kept at once; beyond that they are worked out anew."""
@@ -344,7 +344,7 @@ class Limiter:
         output = self._affordable(plan, facts, size, spare(limit.shape, bucket), limit.counts)
         return Size(size.prompt, output * facts.answers) if output >= LEAST_CUT else None
 
-    def _cut(self, plan: Plan, facts: Facts, size: Size, buckets: tuple[Bucket, ...]) -> None:
+    def _cut(self, plan: Plan, facts: Facts, size: Size, buckets: Buckets) -> None:
         """Bound the answer by what is reserved and what is left beside it: the engine ends it with `length`."""
         most = NEVER
         for at in plan.cuts:

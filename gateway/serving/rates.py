@@ -8,8 +8,8 @@ import msgspec
 
 from gateway.errors import Kind, Refusal
 from gateway.policy.limits import UNIT, Counts, Limit
-from gateway.policy.token_bucket import NEVER, SECOND, Bucket, Shape, spare, wait
-from gateway.store.protocol import Refused, Standing
+from gateway.policy.token_bucket import NEVER, SECOND, Shape, spare, wait
+from gateway.store.protocol import Buckets, Refused, Standing
 
 Header = tuple[bytes, bytes]
 
@@ -67,7 +67,7 @@ def families(limits: Sequence[Limit]) -> tuple[Family, ...]:
 def rate_headers(
     about: Sequence[Family],
     shapes: Sequence[Shape],
-    buckets: Sequence[Bucket],
+    buckets: Buckets,
     standing: Standing,
 ) -> list[Header]:
     """Return `x-ratelimit-…` of the buckets with the least left, as OpenAI has them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from gateway.store.lease import Lease
+from gateway.store.lease import Lease, Seen
 from gateway.store.protocol import Draw, Granted
 
 _LOOKED_AT = 8
@@ -61,14 +61,9 @@ class Holdings(dict[str, Lease]):
             if lease.shape.slots and now >= alive_until:
                 return None
             found.append(lease)
-        buckets = []
-        for draw, lease in zip(draws, found, strict=True):
-            lease.held -= draw.amount
-            if lease.shape.slots:
-                lease.used += draw.amount
-            lease.note(draw.amount, now)
-            buckets.append(lease.seen(now))
-        return Granted(tuple(buckets))
+        for draw in draws:
+            self[draw.bucket].spend(draw.amount, now)
+        return Granted(Seen(found, now))
 
     def add(self, bucket: str, amount: int) -> None:
         """Hold so much more, which was taken out of the bucket."""

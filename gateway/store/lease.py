@@ -8,6 +8,10 @@ Rule 3: nothing here knows a clock; times are the store's microseconds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
 from gateway.policy.token_bucket import SECOND, Bucket, Shape, fresh, refill, spare
 
 HORIZON = SECOND // 5
@@ -36,6 +40,13 @@ class Lease:
             self._recent = self._recent * (HORIZON - since) // HORIZON if since < HORIZON else 0
             self._touched = now
         self._recent += amount
+
+    def spend(self, amount: int, now: int) -> None:
+        """Take out of what is held, which is enough."""
+        self.held -= amount
+        if self.shape.slots:
+            self.used += amount
+        self.note(amount, now)
 
     def wanted(self, now: int) -> int:
         """Return what is worth holding."""
@@ -85,6 +96,19 @@ class Lease:
             return fresh(self.shape, now)
         bucket = refill(self.shape, self.known, now)
         return Bucket(bucket.level + self.held, bucket.at, bucket.part, bucket.epoch)
+
+
+class Seen(msgspec.Struct, frozen=True, gc=False):
+    """Buckets as far as they are known here, each worked out when somebody looks at it, which few are."""
+
+    leases: Sequence[Lease]
+    now: int
+
+    def __getitem__(self, at: int) -> Bucket:
+        return self.leases[at].seen(self.now)
+
+    def __iter__(self) -> Iterator[Bucket]:
+        return (lease.seen(self.now) for lease in self.leases)
 
 
 class Share:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol
 
 import msgspec
@@ -50,10 +50,18 @@ class Draw(msgspec.Struct, frozen=True, gc=False):
     amount: int
 
 
-class Granted(msgspec.Struct, frozen=True, gc=False):
-    """The reservation holds. ``buckets`` are what is known of them afterwards, in the order of the draws."""
+class Buckets(Protocol):
+    """Buckets in the order of the draws; each may be worked out when it is looked at."""
 
-    buckets: tuple[Bucket, ...]
+    def __getitem__(self, at: int, /) -> Bucket: ...
+
+    def __iter__(self) -> Iterator[Bucket]: ...
+
+
+class Granted(msgspec.Struct, frozen=True, gc=False):
+    """The reservation holds. ``buckets`` are what is known of them afterwards, then or whenever they are looked at."""
+
+    buckets: Buckets
     standing: Standing = Standing.STORE
 
 
