@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import typer.testing
@@ -20,6 +22,9 @@ from tests.support.holdings import Holdings
 from tests.support.journal import Journal
 from tests.support.tls import server_context
 from tests.support.upstream import ScriptedUpstream
+
+if TYPE_CHECKING:
+    from tests.support.databases import Postgresql
 
 # An example's time says how busy the machine is.
 settings.register_profile("forebay", deadline=None)
@@ -83,6 +88,17 @@ async def leaves_nothing_behind() -> AsyncIterator[None]:
     before = Holdings.now()
     yield
     await before.assert_nothing_added()
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgresql]:
+    """The database of one server for all tests of a worker."""
+    from tests.support.databases import Postgresql
+    from tests.support.postgresql import running
+
+    base = tmp_path_factory.getbasetemp()
+    with running(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) as server:
+        yield Postgresql(server)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from gateway.state.database import Stale, upgrade
 from gateway.state.keys import KeyStore
 from gateway.state.plan import Change, Picture, obstacles, outcome, plan
 from gateway.state.store import Kind
+from tests.support.databases import Database
 
 NOTHING: Mapping[Kind, set[str]] = {"key": set(), "tenant": set(), "organisation": set()}
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -173,9 +174,8 @@ def test_what_stands_in_the_way_is_told_whole() -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[KeyStore]:
-    upgrade(f"sqlite:///{tmp_path}/forebay.db")
-    with KeyStore(f"sqlite:///{tmp_path}/forebay.db") as opened:
+def store(database: Database) -> Iterator[KeyStore]:
+    with KeyStore(database.url) as opened:
         yield opened
 
 

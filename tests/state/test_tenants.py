@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.limits import OrganisationLimits, TenantLimits
 from gateway.settings import Settings
-from gateway.state.database import NoSuch, NotPossible, Stale, upgrade
+from gateway.state.database import NoSuch, NotPossible, Stale
 from gateway.state.declared import InFile, known_limits
 from gateway.state.keys import KeyStore
 from gateway.state.management import Management
 from gateway.state.tenants import Group
+from tests.support.databases import Database
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[KeyStore]:
-    url = f"sqlite:///{tmp_path}/forebay.db"
-    upgrade(url)
-    with KeyStore(url) as opened:
+def store(database: Database) -> Iterator[KeyStore]:
+    with KeyStore(database.url) as opened:
         yield opened
 
 

@@ -31,7 +31,7 @@ from gateway.state.usage import (
     read_moment,
     sum_columns,
 )
-from tests.support.gateway import give_database
+from tests.support.databases import Database
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
@@ -42,9 +42,8 @@ def row(number: int, at: datetime = NOON, **more: Any) -> UsageRow:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[UsageStore]:
-    give_database(tmp_path / "forebay.db")
-    with_table = UsageStore(f"sqlite:///{tmp_path}/forebay.db")
+def store(database: Database) -> Iterator[UsageStore]:
+    with_table = UsageStore(database.url)
     yield with_table
     with_table.close()
 
