@@ -6,12 +6,14 @@ thread. Every failure leaves as a StateError whose text holds no password.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from pydantic import ValidationError
@@ -24,11 +26,28 @@ if TYPE_CHECKING:
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT = 5.0
-"""Seconds a SQLite writer waits for another one."""
-READ_ONLY = "forebay_read_only"
-"""Execution option of a connection that will write nothing."""
+"""Seconds a writer waits for another one."""
+LONG = 600.0
+"""Seconds that PostgreSQL may take to sum, or to list, a large table."""
+_READ_ONLY = "forebay_read_only"
+"""Execution option of a SQLite connection that will write nothing."""
 _UPGRADE_LOCK = 0x464F5245
 """PostgreSQL advisory lock under which one replica migrates while the others wait."""
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
+class _Text(sa.TypeDecorator[str]):
+    """Text as each database takes it. PostgreSQL's holds no NUL and neither's holds half a character: whoever looks for
+    such a name finds nothing, which is no failure of the database."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
+        """Put what no name may hold in the place of what no text can."""
+        return None if value is None else _NO_TEXT.sub("\1", value)
+
 
 metadata = sa.MetaData(
     naming_convention={  # names both databases know
@@ -42,27 +61,27 @@ keys_table = sa.Table(
     "keys",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("public_id", sa.String(32), nullable=False, unique=True),
-    sa.Column("name", sa.String(200), nullable=False),
-    sa.Column("tenant", sa.String(200), nullable=False),
-    sa.Column("sha256", sa.String(64), nullable=False, unique=True),
+    sa.Column("public_id", _Text(32), nullable=False, unique=True),
+    sa.Column("name", _Text(200), nullable=False),
+    sa.Column("tenant", _Text(200), nullable=False),
+    sa.Column("sha256", _Text(64), nullable=False, unique=True),
     sa.Column("models", sa.JSON(none_as_null=True)),
     sa.Column("caps", sa.JSON, nullable=False),
-    sa.Column("trust_domain", sa.String(200)),
+    sa.Column("trust_domain", _Text(200)),
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     sa.Column("expires_at", sa.DateTime(timezone=True)),
     sa.Column("revoked_at", sa.DateTime(timezone=True)),
     sa.Column("admin", sa.Boolean(create_constraint=False), nullable=False, server_default=sa.false()),
     sa.Column("limits", sa.JSON(none_as_null=True)),
-    sa.Column("replaces", sa.String(32)),
+    sa.Column("replaces", _Text(32)),
 )
 
 tenants_table = sa.Table(
     "tenants",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(200), nullable=False, unique=True),
-    sa.Column("organisation", sa.String(200)),
+    sa.Column("name", _Text(200), nullable=False, unique=True),
+    sa.Column("organisation", _Text(200)),
     sa.Column("limits", sa.JSON(none_as_null=True)),
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
 )
@@ -71,7 +90,7 @@ organisations_table = sa.Table(
     "organisations",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(200), nullable=False, unique=True),
+    sa.Column("name", _Text(200), nullable=False, unique=True),
     sa.Column("limits", sa.JSON(none_as_null=True)),
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
 )
@@ -81,33 +100,33 @@ audit_table = sa.Table(
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("at", sa.DateTime(timezone=True), nullable=False, index=True),
-    sa.Column("actor", sa.String(500), nullable=False),
-    sa.Column("action", sa.String(32), nullable=False),
-    sa.Column("kind", sa.String(32), nullable=False),
-    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("actor", _Text(500), nullable=False),
+    sa.Column("action", _Text(32), nullable=False),
+    sa.Column("kind", _Text(32), nullable=False),
+    sa.Column("name", _Text(200), nullable=False),
     sa.Column("before", sa.JSON(none_as_null=True)),
     sa.Column("after", sa.JSON(none_as_null=True)),
-    sa.Column("request_id", sa.String(64)),
+    sa.Column("request_id", _Text(64)),
     sa.Index(None, "kind", "name"),
 )
 
 usage_table = sa.Table(
     "usage",
     metadata,
-    sa.Column("request_id", sa.String(64), primary_key=True),
+    sa.Column("request_id", _Text(64), primary_key=True),
     sa.Column("at", sa.DateTime(timezone=True), nullable=False),
-    sa.Column("day", sa.String(10), nullable=False),
-    sa.Column("key_id", sa.String(200), nullable=False),
-    sa.Column("key", sa.String(200), nullable=False),
-    sa.Column("tenant", sa.String(200), nullable=False),
-    sa.Column("organisation", sa.String(200), nullable=False),
-    sa.Column("model", sa.String(400), nullable=False),
-    sa.Column("version", sa.String(200), nullable=False),
-    sa.Column("path", sa.String(200), nullable=False),
-    sa.Column("endpoint", sa.String(400), nullable=False),
-    sa.Column("outcome", sa.String(32), nullable=False),
+    sa.Column("day", _Text(10), nullable=False),
+    sa.Column("key_id", _Text(200), nullable=False),
+    sa.Column("key", _Text(200), nullable=False),
+    sa.Column("tenant", _Text(200), nullable=False),
+    sa.Column("organisation", _Text(200), nullable=False),
+    sa.Column("model", _Text(400), nullable=False),
+    sa.Column("version", _Text(200), nullable=False),
+    sa.Column("path", _Text(200), nullable=False),
+    sa.Column("endpoint", _Text(400), nullable=False),
+    sa.Column("outcome", _Text(32), nullable=False),
     sa.Column("status", sa.Integer, nullable=False),
-    sa.Column("settlement", sa.String(16), nullable=False),
+    sa.Column("settlement", _Text(16), nullable=False),
     sa.Column("tokens_in", sa.Integer),
     sa.Column("tokens_cached", sa.Integer),
     sa.Column("tokens_out", sa.Integer),
@@ -158,15 +177,24 @@ def open_database(url: str) -> sa.Engine:
         raise StateError(
             "state.url: is not a database URL; write sqlite:////path/to/forebay.db or postgresql://user@host/database"
         ) from None
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        # One that is there without the library beneath it has no name here.
+        driver = error.name or parsed.get_driver_name()
+        extra = "'forebay[postgresql]'" if driver == "psycopg" else driver
         raise StateError(
-            f"state.url: the database driver {error.name} is not installed; type: pip install {error.name}"
+            f"state.url: the database driver {driver} is not installed; type: pip install {extra}"
         ) from None
     if engine.dialect.name == "sqlite":
         if not parsed.database or parsed.database == ":memory:":
             raise StateError("state.url: a database in memory forgets its keys; write sqlite:////path/to/forebay.db")
         sa.event.listen(engine, "connect", _prepare_sqlite_connection)
         sa.event.listen(engine, "begin", _begin_sqlite)
+    else:
+        sa.event.listen(engine, "connect", _prepare_postgresql_connection)
+        if engine.dialect.driver == "psycopg":
+            from gateway.state import postgresql
+
+            sa.event.listen(engine, "do_connect", postgresql.connect)
     return engine
 
 
@@ -182,8 +210,36 @@ def _prepare_sqlite_connection(connection: DBAPIConnection, _: ConnectionPoolEnt
 def _begin_sqlite(connection: sa.Connection) -> None:
     # A transaction that reads and then writes would fail at once beside another writer, whatever busy_timeout says;
     # one that takes the write lock first waits for it. Readers see one snapshot and wait for nobody.
-    reads = connection.get_execution_options().get(READ_ONLY, False)
+    reads = connection.get_execution_options().get(_READ_ONLY, False)
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _prepare_postgresql_connection(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    # In the server's own zone the last moment of 9999 may be one that no driver can read.
+    cursor.execute(f"SET TIME ZONE 'UTC'; SET lock_timeout = {int(BUSY_TIMEOUT * 1000)}")
+    cursor.close()
+    connection.commit()
+
+
+@contextmanager
+def reading(engine: sa.Engine, *, long: bool = False) -> Iterator[sa.Connection]:
+    """A connection that sees one state, waits for no writer and writes nothing. Raises StateError. ``long``: answers
+    may take a while."""
+    sees_one: dict[str, Any] = {_READ_ONLY: True}
+    if engine.dialect.name == "postgresql":
+        sees_one = {"isolation_level": "REPEATABLE READ"}
+    with translated(engine), engine.connect().execution_options(**sees_one) as connection:
+        with _patient(connection, LONG) if long else nullcontext():
+            yield connection
+
+
+def _patient(connection: sa.Connection, seconds: float) -> AbstractContextManager[None]:
+    if connection.dialect.driver != "psycopg":
+        return nullcontext()
+    from gateway.state import postgresql
+
+    return postgresql.patient(connection, seconds)
 
 
 @contextmanager
@@ -211,8 +267,11 @@ def exists(url: str) -> bool:
 
 
 def describe(url: sa.URL) -> str:
-    """The database as a person may see it: the file, or the URL without its password."""
-    return str(url.database) if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
+    """The database as a person may see it: the file, or the URL without its password and whatever else is secret."""
+    if url.get_backend_name() == "sqlite":
+        return str(url.database)
+    shown = {name: value for name, value in url.query.items() if name in ("host", "port")}
+    return url.set(query=shown).render_as_string(hide_password=True)
 
 
 def _advice(engine: sa.Engine) -> str:
@@ -232,8 +291,10 @@ def upgrade(url: str) -> None:
         with translated(engine):
             if engine.dialect.name == "sqlite":
                 _make_sqlite_file(engine)
-            with engine.begin() as connection:
+            with engine.begin() as connection, _patient(connection, inf):
                 if engine.dialect.name == "postgresql":
+                    # A migration takes as long as it does.
+                    connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
                 _migrate(connection)
     finally:

@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 import sqlalchemy as sa
 
 from gateway.limits import LimitSet
-from gateway.state.database import READ_ONLY, Stale, audit_table, open_database, translated, version_table
+from gateway.state.database import Stale, audit_table, open_database, reading, translated, version_table
 
 Fields = Mapping[str, Any]
 """A key, a tenant or an organisation as JSON; never a secret or a hash among them."""
@@ -164,8 +164,7 @@ class Store:
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """A connection that sees one state and writes nothing."""
-        options = {READ_ONLY: True}
-        with translated(self._engine), self._engine.connect().execution_options(**options) as connection:
+        with reading(self._engine) as connection:
             yield connection
 
     @contextmanager

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 
-from gateway.state.database import READ_ONLY, StateError, exists, open_database, translated, upgrade, usage_table
+from gateway.state.database import StateError, exists, open_database, reading, translated, upgrade, usage_table
 from gateway.values import parse_duration
 
 NANOS = 1_000_000_000
@@ -247,6 +247,8 @@ class UsageStore:
     def prune(self, before: datetime, most: int) -> int:
         """Delete at most so many of the rows from before a time; returns how many."""
         old = sa.select(_c.request_id).where(_c.at < before).limit(most)
+        # Of several replicas that prune, each takes its own; where one file is all there is, one waits.
+        old = old.with_for_update(skip_locked=True)
         with translated(self._engine), self._engine.begin() as connection:
             return connection.execute(sa.delete(usage_table).where(_c.request_id.in_(old))).rowcount
 
@@ -287,11 +289,10 @@ class UsageStore:
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with translated(self._engine):
-            if not exists(self._url):
-                raise StateError("there is no state database yet: no request was accounted for")
-            with self._engine.connect().execution_options(**{READ_ONLY: True}) as connection:
-                yield connection
+        if not exists(self._url):
+            raise StateError("there is no state database yet: no request was accounted for")
+        with reading(self._engine, long=True) as connection:
+            yield connection
 
 
 def _for_many_rows(insert: str) -> str:

@@ -7,7 +7,6 @@ import json
 import os
 import pwd
 import re
-import sqlite3
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,25 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from gateway.limits import LimitSet, TenantLimits
 from gateway.settings import Caps, ConfigError, KeySettings
-from gateway.state.database import NoSuch, NotPossible, Stale, StateError, upgrade
-from gateway.state.keys import KeyRecord, KeySnapshot, KeyStore, declared, merge, new_key
-from gateway.state.store import Actor
+from gateway.state.database import NoSuch, NotPossible, Stale, StateError, describe
+from gateway.state.keys import KeyRecord, KeySnapshot, KeyStore, declared, merge, new_key, read_keys
+from gateway.state.store import Actor, read_version
+from tests.support.databases import Database, Postgresql, Sqlite, connected, execute, given_sqlite
 
 WHEN = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Path:
-    upgrade(f"sqlite:///{tmp_path}/forebay.db")
-    return tmp_path / "forebay.db"
-
-
-@pytest.fixture
-def store(database: Path) -> Iterator[KeyStore]:
-    with KeyStore(f"sqlite:///{database}") as opened:
+def store(database: Database) -> Iterator[KeyStore]:
+    with KeyStore(database.url) as opened:
         yield opened
 
 
@@ -84,11 +79,27 @@ def test_expiry_in_another_zone_comes_back_as_utc(store: KeyStore) -> None:
     assert expires.utcoffset() == timedelta(0)
 
 
-def test_the_key_itself_is_neither_stored_nor_shown(store: KeyStore, database: Path) -> None:
-    created = store.create("alice")
-    store.close()
+def test_the_last_moment_there_is_comes_back(store: KeyStore) -> None:
+    """Wherever the database's server is: in the zone east of it that moment is of a year it cannot say."""
+    last = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+    created = store.create("alice", expires=last)
+    assert store.load_all().records[sha256(created.key)].expires_at == last
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\udcff", "x" * 5000])
+def test_what_no_database_holds_is_not_there(store: KeyStore, text: str) -> None:
+    with pytest.raises(NoSuch):
+        store.find(text)
+    with pytest.raises(NoSuch):
+        store.group("tenant", text)
+    assert (store.list(tenant=text), store.audit(name=text)) == ((), ())
+
+
+def test_the_key_itself_is_neither_stored_nor_shown(tmp_path: Path) -> None:
+    with KeyStore(given_sqlite(tmp_path).url) as store:
+        created = store.create("alice")
     secret = created.key.rpartition("-")[2]
-    files = [path.read_bytes() for path in database.parent.iterdir()]
+    files = [path.read_bytes() for path in tmp_path.iterdir()]
     assert files
     assert not any(secret.encode() in content for content in files)
     assert secret not in repr(created)
@@ -323,7 +334,7 @@ def test_the_last_admin_key_goes_only_by_force(store: KeyStore) -> None:
 # --- audit -------------------------------------------------------------------------------------------------------
 
 
-def test_the_audit_says_who_did_what_and_holds_no_secret(store: KeyStore, database: Path) -> None:
+def test_the_audit_says_who_did_what_and_holds_no_secret(store: KeyStore) -> None:
     by_api = store.acting_as(Actor("key root (0123456789ab)", "req_1"))
     key = by_api.create("alice", "t")
     imported = store.import_key("bob", key="sk-elsewhere")
@@ -368,22 +379,20 @@ def test_the_audit_is_read_by_time_kind_name_and_page(store: KeyStore) -> None:
     assert store.audit(limit=2, before=third.id) == (second, first)
 
 
-def test_an_audit_that_cannot_be_written_undoes_the_change(store: KeyStore, database: Path) -> None:
-    with sqlite3.connect(database) as connection:
-        connection.execute("DROP TABLE audit")
-    connection.close()
-    with pytest.raises(StateError, match="no such table: audit"):
+def test_an_audit_that_cannot_be_written_undoes_the_change(store: KeyStore, database: Database) -> None:
+    execute(database, "DROP TABLE audit")
+    with pytest.raises(StateError, match=r'no such table: audit|relation "audit" does not exist'):
         store.create("alice")
     assert (store.list(), store.version()) == ((), 1)
 
 
-def test_limits_a_newer_release_knows_more_of_are_read_and_broken_ones_told(store: KeyStore, database: Path) -> None:
+def test_limits_a_newer_release_knows_more_of_are_read_and_broken_ones_told(
+    store: KeyStore, database: Database
+) -> None:
     """During a rolling update its replicas write what this one's do not know; revocations still have to arrive."""
     created = store.create("alice")
     for stored, found in (({"concurrent": 2, "wishes": {"a": 3}}, LimitSet(concurrent=2)), ({"concurrent": "x"}, None)):
-        with sqlite3.connect(database) as connection:
-            connection.execute("UPDATE keys SET limits = ?", (json.dumps(stored),))
-        connection.close()
+        execute(database, "UPDATE keys SET limits = :limits", limits=json.dumps(stored))
         if found is not None:
             assert store.load_all().records[sha256(created.key)].limits == found
             continue
@@ -394,9 +403,9 @@ def test_limits_a_newer_release_knows_more_of_are_read_and_broken_ones_told(stor
 # --- several at once ---------------------------------------------------------------------------------------------
 
 
-def test_writers_wait_for_each_other(database: Path) -> None:
+def test_writers_wait_for_each_other(database: Database) -> None:
     """Four stores write at once, each through its own connections, and nothing is lost or refused."""
-    url, per_writer, failures = f"sqlite:///{database}", 15, []
+    url, per_writer, failures = database.url, 15, []
     start = threading.Barrier(4)
 
     def write(number: int) -> None:
@@ -421,35 +430,65 @@ def test_writers_wait_for_each_other(database: Path) -> None:
         assert store.version() == 1 + 4 * (per_writer + per_writer // 3)
 
 
-def test_readers_do_not_wait_for_a_writer(store: KeyStore, database: Path) -> None:
+def test_readers_do_not_wait_for_a_writer(store: KeyStore, database: Database) -> None:
     created = store.create("a")
-    writer = sqlite3.connect(database, isolation_level=None)
-    writer.execute("BEGIN IMMEDIATE")
-    writer.execute("UPDATE state_version SET version = 99")
-    assert store.version() == 2
-    assert set(store.load_all().records) == {sha256(created.key)}
-    writer.execute("ROLLBACK")
-    writer.close()
+    with connected(database) as writer:
+        writer.execute(sa.text("UPDATE state_version SET version = 99"))
+        assert store.version() == 2
+        assert set(store.load_all().records) == {sha256(created.key)}
 
 
-def test_a_writer_that_never_ends_is_a_clear_error(
-    store: KeyStore, database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_sees_one_state(store: KeyStore, database: Database) -> None:
+    """Or a comparison of keys with tenants would find what never was."""
+    store.create("a")
+    with store.reading() as reader, KeyStore(database.url) as other:
+        assert read_version(reader) == 2
+        other.create("b")
+        assert (read_version(reader), len(read_keys(reader))) == (2, 1)
+    assert (store.version(), len(store.list())) == (3, 2)
+
+
+def test_a_writer_that_never_ends_is_a_clear_error(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.state.database.BUSY_TIMEOUT", 0.05)
-    writer = sqlite3.connect(database, isolation_level=None)
-    writer.execute("BEGIN IMMEDIATE")
-    with pytest.raises(StateError, match="failed: database is locked"):
-        store.create("a")
-    writer.execute("ROLLBACK")
-    writer.close()
+    with connected(database) as writer, KeyStore(database.url) as store:
+        writer.execute(sa.text("UPDATE state_version SET version = 99"))
+        with pytest.raises(StateError, match=r"failed: (database is locked|canceling statement due to lock timeout); "):
+            store.create("a")
 
 
-def test_a_database_that_went_away_is_a_state_error(store: KeyStore, database: Path) -> None:
-    store.close()
-    for path in database.parent.glob("forebay.db*"):
-        path.unlink()
-    with pytest.raises(StateError, match=f"{database} failed: "):
-        store.load_all()
+def test_a_database_that_went_away_is_a_state_error_until_it_is_back(store: KeyStore, database: Database) -> None:
+    created = store.create("a")
+    if isinstance(database, Sqlite):
+        store.close()  # a file that is open stays what it is
+    database.go_away()
+    try:
+        for _ in range(2):
+            with pytest.raises(StateError, match=f"{re.escape(describe(sa.make_url(database.url)))} failed: "):
+                store.load_all()
+    finally:
+        database.come_back()
+    assert set(store.load_all().records) == {sha256(created.key)}
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_a_server_that_hangs_is_one_that_is_away(
+    store: KeyStore, database: Postgresql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or keys would work for ever that were revoked elsewhere, and no gateway would end."""
+    store.version()
+    monkeypatch.setattr("gateway.state.postgresql.ANSWER_WITHIN", 0.05)
+    # The shortest that the driver waits for a connection is two seconds.
+    monkeypatch.setattr("psycopg.connection.timeout_from_conninfo", lambda _: 0.05)
+    try:
+        with pytest.raises(StateError, match=r"failed: no answer within 0.05 s; "), store.reading() as reader:
+            database.server.freeze()
+            read_version(reader)
+        with pytest.raises(StateError, match="failed: connection timeout expired; "):
+            store.version()
+    finally:
+        database.server.thaw()
+    monkeypatch.undo()
+    assert store.version() == 1
 
 
 # --- file and database together ----------------------------------------------------------------------------------

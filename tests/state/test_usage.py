@@ -31,7 +31,7 @@ from gateway.state.usage import (
     read_moment,
     sum_columns,
 )
-from tests.support.databases import Database
+from tests.support.databases import Database, Sqlite, connected
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
@@ -123,7 +123,7 @@ def test_whatever_an_engine_claims_fits(store: UsageStore) -> None:
 
 def test_every_text_fits_its_column(store: UsageStore) -> None:
     """SQLite takes any length, PostgreSQL does not: what is cut is what the table says."""
-    texts = {c.name: c.type.length for c in usage_table.columns if isinstance(c.type, sa.String) and c.type.length}
+    texts = {c.name: length for c in usage_table.columns if (length := getattr(c.type, "length", None))}
     texts.pop("day")
     long = msgspec.structs.replace(row(1), **dict.fromkeys(texts, "x" * 1000))
     store.insert([long])
@@ -158,6 +158,26 @@ def test_old_rows_go_in_batches_and_only_they(store: UsageStore) -> None:
     assert store.prune(before, 4) == 2
     assert store.prune(before, 4) == 0
     assert {one["request_id"] for one in store.rows(Wanted())} == {"req_0", "req_1", "req_2", "req_3"}
+
+
+def test_two_replicas_prune_without_waiting_for_each_other(store: UsageStore, database: Database) -> None:
+    """Each takes the rows that the other has not begun with, or waits where the file has one writer."""
+    store.insert([row(number, NOON - timedelta(days=1)) for number in range(3)])
+    other = UsageStore(database.url)
+    with connected(database) as first:
+        first.execute(sa.text("DELETE FROM usage WHERE request_id = 'req_0'"))
+        if isinstance(database, Sqlite):
+            first.commit()
+        assert other.prune(NOON, 100) == 2
+    other.close()
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\udcff", "x" * 5000])
+def test_what_no_database_holds_was_not_asked_for(store: UsageStore, text: str) -> None:
+    store.insert([row(1)])
+    assert store.find(text) is None
+    assert store.sums(("key",), Wanted(key=text, tenant=text, model=text)) == []
+    assert list(store.rows(Wanted(tenant=text))) == []
 
 
 # --- sums ----------------------------------------------------------------------------------------------------------

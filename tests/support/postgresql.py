@@ -29,9 +29,8 @@ ROLE = "forebay"
 DATABASE = "forebay"
 OPTIONS = {
     "listen_addresses": "",
-    # Of a server that keeps nothing beyond its end.
+    # Its data outlives a crash of the server, not one of the machine.
     "fsync": "off",
-    "synchronous_commit": "off",
     "full_page_writes": "off",
     "wal_level": "minimal",
     "max_wal_senders": "0",
@@ -145,7 +144,7 @@ class Server:
                 user=_user(),
                 extra_groups=_groups(),
                 cwd="/",
-                preexec_fn=_end_with_tests if _LIBC is not None else None,  # noqa: PLW1509 - before any thread starts
+                preexec_fn=_end_with_tests if _LIBC is not None else None,
             )
         deadline = time.monotonic() + PATIENCE
         while self._admin is None:
