@@ -244,6 +244,9 @@ class Spool:
 
     def done(self, segment: Segment) -> None:
         """Its rows are stored: let go of it."""
+        if segment not in self._sealed:
+            # Closed meanwhile: it may be somebody else's by now, who stores it again, and it counts once.
+            return
         self._sealed.remove(segment)
         self._forget(segment)
         self.bytes -= segment.size

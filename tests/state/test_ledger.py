@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -24,9 +23,12 @@ from gateway.state.ledger import ADOPT_EVERY, PRUNE_FIRST, Ledger
 from gateway.state.spool import FAULTY, FULL, REFUSED, TORN
 from gateway.state.usage import UsageRow, UsageStore, Wanted
 from tests.support.clock import ManualClock
-from tests.support.gateway import give_database
+from tests.support.databases import Database, Postgresql, Sqlite, execute
 
 WALL = 1_795_521_600.0
+on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+"""What is said of the spool needs no other database."""
+on_postgresql = pytest.mark.parametrize("database", ["postgresql"], indirect=True)
 
 
 def row(number: int) -> UsageRow:
@@ -34,19 +36,15 @@ def row(number: int) -> UsageRow:
 
 
 class House:
-    """A data directory with its database, and the ledgers of the processes that share it."""
+    """A data directory, its database, and the ledgers of the processes that share them."""
 
-    def __init__(self, folder: Path, clock: ManualClock) -> None:
-        self.database = folder / "forebay.db"
+    def __init__(self, database: Database, folder: Path, clock: ManualClock) -> None:
+        self.database = database
         self.spool = folder / "spool"
         self.clock = clock
         self.wall = WALL
         self._open: list[Ledger[int]] = []
-        give_database(self.database)
-
-    @property
-    def url(self) -> str:
-        return f"sqlite:///{self.database}"
+        self.url = database.url
 
     def ledger(self, make: Callable[[int], UsageRow] = row, **more: Any) -> Ledger[int]:
         made: Ledger[int] = Ledger(self.url, self.spool, make, clock=self.clock, wall=lambda: self.wall, **more)
@@ -61,15 +59,6 @@ class House:
                 os.close(owner.lock)
         ledger.store.close()
         self._open.remove(ledger)
-
-    def go_away(self) -> None:
-        """Have every transaction fail, as one would that finds no server."""
-        self.database.rename(self.database.with_suffix(".away"))
-        self.database.mkdir()
-
-    def come_back(self) -> None:
-        self.database.rmdir()
-        self.database.with_suffix(".away").rename(self.database)
 
     def stored(self) -> list[int]:
         """The numbers of the rows in the table."""
@@ -88,8 +77,8 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path, clock: ManualClock) -> Iterator[House]:
-    made = House(tmp_path, clock)
+def house(database: Database, tmp_path: Path, clock: ManualClock) -> Iterator[House]:
+    made = House(database, tmp_path, clock)
     yield made
     made.close()
 
@@ -123,6 +112,7 @@ def test_rows_wait_on_disk_and_then_are_in_the_table_alone(house: House) -> None
     assert ledger.waiting() == (0, 0.0, 0)
 
 
+@on_sqlite
 def test_nothing_to_do_costs_no_thread(house: House) -> None:
     """And makes no directory, for whoever never asks a model."""
     ledger = house.ledger(days=1)
@@ -144,6 +134,7 @@ def test_files_and_transactions_are_bounded(house: House, monkeypatch: pytest.Mo
     assert house.stored() == [*range(35)]
 
 
+@on_sqlite
 def test_memory_is_bounded_and_files_are_read_back(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool_module, "MEMORY_ROWS", 5)
     ledger = house.ledger()
@@ -155,6 +146,7 @@ def test_memory_is_bounded_and_files_are_read_back(house: House, monkeypatch: py
     assert ledger._spool._in_memory == 0
 
 
+@on_sqlite
 def test_what_is_added_faster_than_a_disk_takes_it_is_counted(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "MOST_ADDED", 3)
     ledger = house.ledger()
@@ -165,6 +157,7 @@ def test_what_is_added_faster_than_a_disk_takes_it_is_counted(house: House, monk
     assert house.stored() == [0, 1, 2]
 
 
+@on_sqlite
 def test_an_entry_that_makes_no_row_costs_no_other(house: House) -> None:
     def make(number: int) -> UsageRow:
         if number == 2:
@@ -181,6 +174,7 @@ def test_an_entry_that_makes_no_row_costs_no_other(house: House) -> None:
     assert house.stored() == [1, 3]
 
 
+@on_sqlite
 def test_half_a_character_costs_one_row(house: House) -> None:
     ledger = house.ledger(
         lambda n: UsageRow(request_id="\ud800" if n == 2 else f"{n}", at=WALL, outcome="", status=0, tokens_in=n)
@@ -216,23 +210,26 @@ def test_the_database_away_and_back(house: House) -> None:
     ledger = house.ledger()
     add(ledger, 1)
     ledger.commit()
-    ledger.store.close()
-    house.go_away()
+    if isinstance(house.database, Sqlite):
+        ledger.store.close()  # a file that is open stays what it is
+    house.database.go_away()
     add(ledger, 2, 3)
     done = ledger.commit()
     assert done.away is not None
-    assert "failed: unable to open database file" in done.away
+    said = {Sqlite: "unable to open database file", Postgresql: "connection failed"}[type(house.database)]
+    assert f"failed: {said}" in done.away
     add(ledger, 4)
     assert ledger.commit().away is not None
     assert ledger._spool._in_memory == 0
     assert ledger.waiting()[0] == 3
-    house.come_back()
+    house.database.come_back()
     done = ledger.commit()
     assert (done.away, done.stored) == (None, 3)
     assert house.stored() == [1, 2, 3, 4]
     assert house.files() == []
 
 
+@on_sqlite
 def test_while_it_is_away_rows_are_on_the_disk_itself(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not while it is there: then the next second stores them, and a disk has better things to do."""
     synced: list[int] = []
@@ -240,11 +237,11 @@ def test_while_it_is_away_rows_are_on_the_disk_itself(house: House, monkeypatch:
     ledger = house.ledger()
     add(ledger, 1)
     assert synced == []
-    house.go_away()
+    house.database.go_away()
     ledger.commit()
     add(ledger, 2)
     assert len(synced) == 1
-    house.come_back()
+    house.database.come_back()
 
 
 def test_a_commit_that_was_not_heard_of_counts_once(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,11 +261,12 @@ def test_a_commit_that_was_not_heard_of_counts_once(house: House, monkeypatch: p
     assert house.stored() == [1, 2]
 
 
+@on_sqlite
 def test_a_full_spool_loses_what_comes_and_says_so(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not what is there: the oldest rows are the ones nobody else remembers."""
     monkeypatch.setattr(spool_module, "MEMORY_ROWS", 2)
     ledger = house.ledger(spool_bytes=1000)
-    house.go_away()
+    house.database.go_away()
     lost = 0
     for number in range(20):
         ledger.add(number)
@@ -278,13 +276,14 @@ def test_a_full_spool_loses_what_comes_and_says_so(house: House, monkeypatch: py
     assert done.disk == "the spool is full (1000 bytes)"
     assert 0 < lost < 20
     assert ledger.waiting()[2] <= 1000
-    house.come_back()
+    house.database.come_back()
     assert ledger.commit().stored == 20 - lost
     assert house.stored() == [*range(20 - lost)]
     add(ledger, 100)
     assert ledger.commit().stored == 1
 
 
+@on_sqlite
 @pytest.mark.parametrize("trouble", ["no directory", "half a line"])
 def test_a_disk_that_cannot_be_written_needs_a_database(
     house: House, monkeypatch: pytest.MonkeyPatch, trouble: str
@@ -306,13 +305,53 @@ def test_a_disk_that_cannot_be_written_needs_a_database(
     assert house.stored() == [1, 2]
 
 
+@on_sqlite
 def test_rows_in_memory_alone_are_lost_with_the_process_and_counted(house: House) -> None:
     house.spool.touch()
     ledger = house.ledger()
-    house.go_away()
+    house.database.go_away()
     add(ledger, 1, 2)
     assert dict(ledger.close(1.0).lost) == {FULL: 2}
-    house.come_back()
+    house.database.come_back()
+
+
+@on_postgresql
+def test_a_server_that_crashes_and_starts_again(house: House, database: Postgresql) -> None:
+    ledger = house.ledger()
+    add(ledger, 1)
+    ledger.commit()
+    database.server.kill()
+    add(ledger, 2)
+    done = ledger.commit()
+    assert done.away is not None
+    assert "No such file or directory" in done.away
+    add(ledger, 3)
+    database.server.start()
+    assert ledger.commit().stored == 2
+    assert house.stored() == [1, 2, 3]
+
+
+@on_postgresql
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")  # one that hung when it closed
+def test_a_server_that_hangs_delays_neither_requests_nor_the_end(house: House, database: Postgresql) -> None:
+    """What was begun when it froze is done when it thaws; the rest waits on disk for the next start."""
+    ledger = house.ledger()
+    add(ledger, 1)
+    ledger.commit()
+    add(ledger, 2)
+    database.server.freeze()
+    try:
+        hanging = threading.Thread(target=ledger.commit)
+        hanging.start()
+        add(ledger, 3)
+        assert ledger.waiting()[0] == 2
+        assert ledger.close(0.02).left == 2
+    finally:
+        database.server.thaw()
+    hanging.join()
+    gc.collect()
+    assert house.ledger().commit().stored == 2
+    assert house.stored() == [1, 2, 3]
 
 
 # --- ends and starts -------------------------------------------------------------------------------------------------
@@ -329,16 +368,17 @@ def test_the_end_writes_everything_and_leaves_nothing(house: House) -> None:
 
 def test_an_end_without_a_database_leaves_it_to_the_next_start(house: House) -> None:
     ledger = house.ledger()
-    house.go_away()
+    house.database.go_away()
     add(ledger, 1)
     ledger.add(2)
     assert ledger.close(1.0).away is not None
-    house.come_back()
+    house.database.come_back()
     assert house.ledger().commit().stored == 2
     assert house.stored() == [1, 2]
     assert list(house.spool.iterdir()) == []
 
 
+@on_sqlite
 def test_an_end_waits_for_no_database_that_hangs(house: House) -> None:
     ledger = house.ledger()
     add(ledger, 1)
@@ -382,13 +422,12 @@ def test_a_replay_that_is_killed_is_replayed(house: House, monkeypatch: pytest.M
     assert house.files() == []
 
 
+@on_sqlite
 @given(st.integers(0, 400))
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_torn_line_costs_itself_alone(house: House, cut: int) -> None:
     """Wherever a process was killed in the middle of a line, or a disk lost a piece."""
-    with sqlite3.connect(house.database) as database:
-        database.execute("DELETE FROM usage")
-    database.close()
+    execute(house.database, "DELETE FROM usage")
     dead = house.ledger()
     add(dead, 1)
     add(dead, 2)
@@ -406,6 +445,7 @@ def test_a_torn_line_costs_itself_alone(house: House, cut: int) -> None:
     assert house.files() == []
 
 
+@on_sqlite
 def test_what_is_no_row_in_the_middle_of_a_file_is_passed_over(house: House) -> None:
     dead = house.ledger()
     add(dead, 1, 2, 3)
@@ -418,6 +458,7 @@ def test_what_is_no_row_in_the_middle_of_a_file_is_passed_over(house: House) -> 
     assert house.stored() == [1, 3]
 
 
+@on_sqlite
 def test_a_row_of_another_release_is_read(house: House) -> None:
     """One that knew fewer fields, or more: what is spooled outlives an update, and a way back."""
     dead = house.ledger()
@@ -432,6 +473,7 @@ def test_a_row_of_another_release_is_read(house: House) -> None:
     assert house.stored() == [7, 8]
 
 
+@on_sqlite
 def test_what_was_never_finished_is_cleared_away(house: House) -> None:
     """A process killed while it made its directory; one that makes it now is left alone."""
     for name in (".new-1-dead", ".new-2-young"):
@@ -462,7 +504,7 @@ def row(number):
     return UsageRow(request_id=f"req_{number}", at=1795521600.0 + number, outcome="ok", status=200, tokens_in=number)
 
 folder = Path(sys.argv[1])
-ledger = Ledger(f"sqlite:///{folder}/forebay.db", folder / "spool", row)
+ledger = Ledger(sys.argv[2], folder / "spool", row)
 for number in range(50):
     ledger.add(number)
 ledger.journal()
@@ -477,7 +519,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_killed_process_loses_what_was_not_journalled(house: House) -> None:
     """For real: SIGKILL between journal and commit."""
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(house.database.parent)], check=False)
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(house.spool.parent), house.url], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert house.stored() == [*range(50)]
     assert house.ledger().commit().stored == 50
@@ -505,11 +547,11 @@ def test_requests_go_on_being_added_while_threads_work(house: House) -> None:
     assert house.stored() == [*range(5000)]
 
 
-def test_a_database_that_was_deleted_is_made_anew(house: House) -> None:
-    """Of what was in it nothing is left, but what comes is accounted for after a restart."""
-    house.database.unlink()
-    shutil.rmtree(house.spool, ignore_errors=True)
+def test_a_database_without_a_table_gets_one(no_tables: Database, tmp_path: Path, clock: ManualClock) -> None:
+    """One that was deleted, or where nobody needs keys: what comes is accounted for."""
+    house = House(no_tables, tmp_path, clock)
     ledger = house.ledger()
     add(ledger, 1)
     assert ledger.commit().stored == 1
     assert house.stored() == [1]
+    house.close()
