@@ -82,7 +82,9 @@ def _database(settings: Settings) -> Finding:
         if engine.dialect.name == "sqlite" and not Path(place).exists():
             return Finding("state", State.ABSENT, f"{place} is made at the first start")
         with translated(engine), engine.connect():
-            return Finding("state", State.GOOD, place)
+            pass
+        engine.dispose()
+        return Finding("state", State.GOOD, place)
     except StateError as error:
         return Finding("state", State.BAD, str(error))
 

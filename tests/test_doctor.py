@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -11,14 +12,16 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from engines.devices import Device, Found
 from gateway import doctor
 from gateway.cli import app
 from gateway.doctor import Finding, State, examine
-from gateway.state.database import upgrade
+from gateway.state.database import describe, upgrade
 from tests.store.servers import Server
+from tests.support.databases import Postgresql
 from tests.support.sockets import bind_free, free_port
 
 CPU = Found(Device.CPU, 2, "x86_64")
@@ -98,6 +101,19 @@ def test_a_port_in_use_and_a_database_that_is_none(home: Path, monkeypatch: pyte
 def test_a_database_that_is_there(home: Path) -> None:
     upgrade(f"sqlite:///{home}/forebay.db")
     assert findings()["state"] == Finding("state", State.GOOD, f"{home}/forebay.db")
+
+
+def test_a_database_of_a_server(postgresql: Postgresql, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOREBAY_STATE__URL", postgresql.url)
+    assert findings()["state"] == Finding("state", State.GOOD, describe(sa.make_url(postgresql.url)))
+    gc.collect()  # a connection left open says so now
+    postgresql.go_away()
+    try:
+        found = findings()["state"]
+    finally:
+        postgresql.come_back()
+    assert found.state is State.BAD
+    assert "check that it is running and that state.url is right" in found.detail
 
 
 class Engine(BaseHTTPRequestHandler):
