@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pwd
@@ -10,7 +11,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.command import done, forebay, home, refused
+from tests.support.databases import Postgresql
 
 __all__ = ["home"]
 
@@ -138,3 +142,19 @@ def test_the_audit_names_the_user_and_what_changed() -> None:
     entries = json.loads(done("audit", "--json", "--kind", "key", "--name", "alice", "--since", "1h", "--limit", "1"))
     assert [entry["action"] for entry in entries] == ["update"]
     assert json.loads(done("audit", "--json", "--since", "2099-01-01")) == []
+
+
+def test_commands_work_on_a_server_s_database(postgresql: Postgresql, monkeypatch: pytest.MonkeyPatch) -> None:
+    postgresql.empty()
+    monkeypatch.setenv("FOREBAY_STATE__URL", postgresql.url)
+    public_id = done("keys", "create", "--name", "alice", "--expires", "9999-12-31").split("-")[1]
+    assert [row["id"] for row in json.loads(done("keys", "list", "--json"))] == [public_id]
+    assert done("keys", "revoke", "alice") == f"revoked {public_id} (alice)"
+    assert [row["action"] for row in json.loads(done("audit", "--json"))] == ["revoke", "create"]
+    assert done("usage", "--rows", "--csv", "-").startswith("request_id,at,day,")
+    gc.collect()  # a connection left open says so now
+    postgresql.go_away()
+    try:
+        assert "check that it is running" in refused("keys", "list")
+    finally:
+        postgresql.come_back()
