@@ -460,7 +460,7 @@ class State(Section):
     """What survives a restart: keys and the usage ledger."""
 
     url: str | None = Field(default=None, repr=False)
-    """SQLAlchemy URL, postgresql+psycopg://… for several machines; a SQLite file in data_dir when left out."""
+    """SQLAlchemy URL, postgresql://… for several machines; a SQLite file in data_dir when left out."""
     key_cache: Duration = 3600.0
     """How long known keys keep working while the database cannot be reached."""
     ledger: bool = True

@@ -229,12 +229,15 @@ def reading(engine: sa.Engine, *, long: bool = False) -> Iterator[sa.Connection]
     sees_one: dict[str, Any] = {_READ_ONLY: True}
     if engine.dialect.name == "postgresql":
         sees_one = {"isolation_level": "REPEATABLE READ"}
-    with translated(engine), engine.connect().execution_options(**sees_one) as connection:
-        with _patient(connection, LONG) if long else nullcontext():
-            yield connection
+    with (
+        translated(engine),
+        engine.connect().execution_options(**sees_one) as connection,
+        _patient(connection, LONG if long else None),
+    ):
+        yield connection
 
 
-def _patient(connection: sa.Connection, seconds: float) -> AbstractContextManager[None]:
+def _patient(connection: sa.Connection, seconds: float | None) -> AbstractContextManager[None]:
     if connection.dialect.driver != "psycopg":
         return nullcontext()
     from gateway.state import postgresql

@@ -46,8 +46,8 @@ def connect(_dialect: sa.Dialect, _entry: object, arguments: list[Any], paramete
 
 
 @contextmanager
-def patient(connection: sa.Connection, seconds: float) -> Iterator[None]:
-    """Have the answers on a connection take longer."""
+def patient(connection: sa.Connection, seconds: float | None) -> Iterator[None]:
+    """Let the answers on a connection take so long; None: as long as any."""
     made: object = connection.connection.dbapi_connection
     if not isinstance(made, Connection):
         yield
