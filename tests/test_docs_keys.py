@@ -6,7 +6,10 @@ import re
 import shlex
 from pathlib import Path
 
+from psycopg import pq
+
 from gateway.api.manage import MANAGE
+from gateway.state.database import open_database
 from tests.support.command import done, forebay, home
 
 __all__ = ["home"]
@@ -17,7 +20,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def test_every_command_of_the_page_works_in_its_order() -> None:
     blocks = _FENCE.findall(PAGE)
-    assert [language for language, _ in blocks] == ["sh", "yaml", "sh"]
+    assert [language for language, _ in blocks] == ["sh", "yaml", "sh", "sh"]
     Path("keys.yaml").write_text(blocks[1][1])
     lines = (blocks[0][1] + blocks[2][1]).splitlines()
     for program, *words in filter(None, (shlex.split(line, comments=True) for line in lines)):
@@ -25,6 +28,12 @@ def test_every_command_of_the_page_works_in_its_order() -> None:
         assert program == "forebay"
         assert result.exit_code == (2 if words[0] == "diff" else 0), (words, result.output)
     assert "search-frontend" in done("keys", "list", "--state", "live")
+
+
+def test_its_url_is_one() -> None:
+    (url,) = re.findall(r"FOREBAY_STATE__URL='(.*)'", PAGE)
+    engine = open_database(url)
+    assert {*engine.url.query} <= {known.keyword.decode() for known in pq.Conninfo.get_defaults()}
 
 
 def test_the_calls_of_the_page_are_those_there_are() -> None:

@@ -517,6 +517,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@on_sqlite
 def test_a_killed_process_loses_what_was_not_journalled(house: House) -> None:
     """For real: SIGKILL between journal and commit."""
     ended = subprocess.run([sys.executable, "-c", KILLED, str(house.spool.parent), house.url], check=False)
@@ -527,6 +528,7 @@ def test_a_killed_process_loses_what_was_not_journalled(house: House) -> None:
     assert list(house.spool.iterdir()) == []
 
 
+@on_sqlite
 def test_requests_go_on_being_added_while_threads_work(house: House) -> None:
     """Nothing falls between two turns of the journal."""
     ledger = house.ledger()
