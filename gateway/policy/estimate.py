@@ -38,6 +38,8 @@ class Sketch(msgspec.Struct):
     counts: list[float]
     largest: list[float]
     total: float = 0.0
+    top: int = 0
+    """The highest bin that ever held a value."""
     known: float = -1.0
     """The estimate as it was last worked out, below 0 where too little was seen."""
     stale_in: int = 0
@@ -47,6 +49,8 @@ class Sketch(msgspec.Struct):
         """Count a value of at least 0."""
         at = _bin(value)
         self.counts[at] += 1
+        if at > self.top:
+            self.top = at
         self.largest[at] = max(value, self.largest[at])
         self.total += 1
         if self.total >= HALVED_AT:
@@ -67,11 +71,12 @@ class Sketch(msgspec.Struct):
 
     def quantile(self, part: float) -> float:
         """Return a value that ``part`` of what was seen does not exceed."""
-        left = self.total * part
-        for count, largest in zip(self.counts, self.largest, strict=True):
-            left -= count
-            if left <= 0 and count:
-                return largest
+        # From the top, where a high one is found soon.
+        above = self.total - self.total * part
+        for at in range(self.top, -1, -1):
+            above -= self.counts[at]
+            if above < 0:
+                return self.largest[at]
         return max(self.largest)
 
 
@@ -129,14 +134,16 @@ class Estimator:
         """Take what an event of a whole stream stood for."""
         self._sketch(("events", stream)).add(tokens)
 
-    def passes(self, key: str, model: str) -> bool:
-        """Tell whether a request need not be learned from: of a key on a model that is well known, one in four is
-        enough. Which one is drawn, so that no pattern of requests hides another."""
-        known = self._sketches.get((key, model))
-        if known is None or known.total < WELL_KNOWN:
-            return False
+    def passes(self, key: str, model: str, *, limited: bool) -> bool:
+        """Tell whether a request need not be learned from: of a key on a model that is well known one in four is
+        enough, and of one that nothing limits one in sixteen. Which one is drawn, so that no pattern of requests hides
+        another."""
+        if limited:
+            known = self._sketches.get((key, model))
+            if known is None or known.total < WELL_KNOWN:
+                return False
         self._draw = (self._draw * 1_103_515_245 + 12_345) & 0x7FFFFFFF
-        return bool(self._draw & 0x600000)
+        return bool(self._draw & (0x600000 if limited else 0x1E00000))
 
     def learn(self, key: str, model: str, size: int, parts: int, prompt: int, output: int, answers: int) -> None:
         """Take what a request really used; ``size`` 0 where its prompt was given in tokens."""

@@ -364,7 +364,7 @@ class Limiter:
 
     def learn(self, facts: Facts, plan: Plan, used: Size, events: int) -> None:
         """Take what a request really used."""
-        if self._estimator.passes(plan.who.public_id, facts.model):
+        if self._estimator.passes(plan.who.public_id, facts.model, limited=bool(plan.limits)):
             return
         size = 0 if facts.counted is not None else facts.size
         self._estimator.learn(

@@ -137,9 +137,6 @@ usage_table = sa.Table(
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("detail", sa.Text, nullable=False),
     sa.Index("ix_usage_at", "at"),
-    sa.Index("ix_usage_key_id_at", "key_id", "at"),
-    sa.Index("ix_usage_tenant_at", "tenant", "at"),
-    sa.Index("ix_usage_model_at", "model", "at"),
 )
 
 version_table = sa.Table(

@@ -95,7 +95,9 @@ class Lease:
         if self.known is None:
             return fresh(self.shape, now)
         bucket = refill(self.shape, self.known, now)
-        return Bucket(bucket.level + self.held, bucket.at, bucket.part, bucket.epoch)
+        # What was held may have refilled there: then both together are more than there can be.
+        level = min(bucket.level + self.held, 0 if self.shape.slots else self.shape.capacity)
+        return Bucket(level, bucket.at, bucket.part, bucket.epoch)
 
 
 class Seen(msgspec.Struct, frozen=True, gc=False):

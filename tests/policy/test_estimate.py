@@ -89,12 +89,15 @@ def test_events_stand_for_what_they_stood_for() -> None:
 
 def test_of_what_is_well_known_one_in_four_is_enough() -> None:
     learned = Estimator()
-    assert not any(learned.passes("k", "m") for _ in range(10))
+    assert not any(learned.passes("k", "m", limited=True) for _ in range(10))
     for _ in range(WELL_KNOWN):
         learned.learn("k", "m", 0, 0, 0, 10, 1)
-    passed = [learned.passes("k", "m") for _ in range(4000)]
+    passed = [learned.passes("k", "m", limited=True) for _ in range(4000)]
     assert 2800 < sum(passed) < 3200
-    assert not learned.passes("other", "m")
+    assert not learned.passes("other", "m", limited=True)
+    # Nobody waits for an estimate of what nothing limits.
+    passed = [learned.passes("other", "m", limited=False) for _ in range(16_000)]
+    assert 900 < passed.count(False) < 1100
 
 
 def test_subjects_are_bounded_and_the_longest_unused_goes() -> None:

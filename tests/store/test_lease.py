@@ -110,6 +110,12 @@ def test_the_parts_of_all_replicas_are_no_more_than_the_limit(replicas: int, ste
         assert 0 <= share.charge(now) <= share.spent == granted
 
 
+def test_what_is_shown_is_never_more_than_the_limit() -> None:
+    lease = a_lease(RATE.capacity)
+    lease.held = 5000
+    assert lease.seen(NOW).level == RATE.capacity
+
+
 def test_what_was_spent_alone_is_charged_as_far_as_it_has_not_come_back() -> None:
     share = Share(RATE, a_lease(), 2, NOW)
     share.spend(10_000, take([Need(share.shape, 10_000)], [share.bucket], NOW).buckets[0])
