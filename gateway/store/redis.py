@@ -87,9 +87,6 @@ class RedisStore:
         self._slots_said: dict[str, int] = {}
         self._healed = asyncio.Event()
         self._timers = {"tick": Timer(self._tick), "lost": Timer(self._lose)}
-        # Looked at by tests, as are the properties at the end.
-        self._holding, self._batch, self._busy = self._leases.holding, self._outbox.batch, self._asks.busy
-        self._prefix = self._session.prefix
 
     @property
     def standing(self) -> Standing:
@@ -310,17 +307,3 @@ class RedisStore:
 
     def _cancel(self, name: str) -> None:
         self._timers[name].cancel()
-
-    # --- what tests look at -----------------------------------------------------------------------------------------
-
-    @property
-    def _alive_until(self) -> int:
-        return self._session.alive_until
-
-    @property
-    def _ahead(self) -> int:
-        return self._session.ahead
-
-    @_ahead.setter
-    def _ahead(self, microseconds: int) -> None:
-        self._session.ahead = microseconds

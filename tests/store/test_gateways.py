@@ -57,7 +57,7 @@ async def given_back(gateway: Gateway) -> RedisStore:
     await gateway.idle()
     store = gateway.replica.limiter.store
     assert isinstance(store, RedisStore)
-    await until(lambda: not (store._outbox or store._batch), "what came back never reached the server")
+    await until(lambda: not (store._outbox or store._outbox.batch), "what came back never reached the server")
     return store
 
 

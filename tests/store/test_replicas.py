@@ -65,7 +65,7 @@ async def level(
     server: Server, namespace_of: RedisStore, shape: Shape, bucket: str = "a", clock: Clock | None = None
 ) -> int:
     """What a bucket holds by the word of somebody who holds nothing of it."""
-    namespace = namespace_of._prefix[1:].partition("}")[0]
+    namespace = namespace_of._session.prefix[1:].partition("}")[0]
     observer = a_store(server, namespace, server_clock=clock)
     await observer.start()
     (found,) = await observer.look([Draw(bucket, shape, 0)])
@@ -120,7 +120,7 @@ async def test_together_they_let_in_the_limit_and_no_unit_more(shared_server: Se
         assert granted >= 0.97 * allowed(max(asked for _, asked in found))
         await asyncio.gather(*(store.stop() for store in stores))
         with shared_server.client() as plain:
-            kept = plain.get(stores[0]._prefix + "a")
+            kept = plain.get(stores[0]._session.prefix + "a")
         assert isinstance(kept, bytes)
         left, at, part = map(int, kept.split()[:3])
         # Since the first call the bucket was never full: what came in is what went out and what is left.
@@ -207,7 +207,7 @@ async def test_what_was_done_and_not_answered_is_not_done_twice(own_server: Serv
         granted = await verdict
         assert isinstance(granted, Granted)
         assert granted.standing is Standing.STORE
-        await until(lambda: not store._batch and not store._outbox and not store._holding)
+        await until(lambda: not store._outbox.batch and not store._outbox and not store._leases.holding)
         assert await level(own_server, store, BUDGET) == BUDGET.capacity - 1700
         assert await level(own_server, store, SLOTS, "s") == -1000
         store.settle([slot])
@@ -250,7 +250,7 @@ async def test_each_replica_gives_out_its_part_while_the_server_is_gone(own_serv
         own_server.start()
         await until(lambda: all(store.standing is Standing.STORE for store in stores))
         for store in stores:
-            await until(lambda store=store: not store._batch and not store._outbox)
+            await until(lambda store=store: not store._outbox.batch and not store._outbox)
         (bucket,) = await stores[0].look(draws)
         assert -40_000 <= bucket.level <= -39_800
         (slots,) = await stores[0].look([slot])
@@ -329,13 +329,13 @@ async def test_whoever_was_taken_for_dead_gives_out_no_slot_that_was_given_to_ot
     still._cancel("tick")
     clock.now += LIFETIME + 1
     other._link.drop()
-    await until(lambda: clock.now + LIFETIME == other._alive_until)
+    await until(lambda: clock.now + LIFETIME == other._session.alive_until)
     assert isinstance(await reserve(other, (Draw("s", SLOTS, 45_000),), 1), Granted)
     assert not isinstance(still.reserve(slot, 5), Granted), "it asks"
     still._beaten = 0.0
     still._tick()
-    await until(lambda: clock.now + LIFETIME == still._alive_until)
-    await until(lambda: still._serving and not still._outbox and not still._batch)
+    await until(lambda: clock.now + LIFETIME == still._session.alive_until)
+    await until(lambda: still._serving and not still._outbox and not still._outbox.batch)
     in_use = still._leases["s"].used + 45_000
     assert await level(shared_server, other, SLOTS, "s", clock) == -in_use
     still.settle([Draw("s", SLOTS, still._leases["s"].used)])
@@ -397,13 +397,13 @@ async def test_a_bucket_that_is_forgotten_is_asked_for_again(
     async with fleet(shared_server, 1) as (store,):
         for who in range(100):
             await reserve(store, draws, who + 1)
-            if "a" in store._holding and not store._leases["a"].held:
+            if "a" in store._leases.holding and not store._leases["a"].held:
                 break
-        assert "a" in store._holding
+        assert "a" in store._leases.holding
         for number in range(30):
             await reserve(store, (Draw(f"b{number}", BUDGET, 1000),), 1)
         store._tick()
-        await until(lambda: not store._outbox and not store._batch)
+        await until(lambda: not store._outbox and not store._outbox.batch)
         assert len(store._leases) <= 12
         assert isinstance(await reserve(store, draws, 1), Granted)
 
@@ -447,7 +447,7 @@ async def test_a_busy_replica_seldom_asks_and_returns_what_lies_idle(own_server:
             stores[0].settle(draws[1:])
         assert _calls(own_server) - before < 200
         # Without a word from anybody.
-        await until(lambda: not stores[0]._holding and not stores[0]._outbox and not stores[0]._batch)
+        await until(lambda: not stores[0]._leases.holding and not stores[0]._outbox and not stores[0]._outbox.batch)
         found = await stores[1].look([Draw("a", shape, 0), Draw("s", SLOTS, 0)])
         assert [bucket.level for bucket in found] == [shape.capacity, 0]
 
@@ -458,7 +458,7 @@ async def test_many_at_once_wait_for_one_call_and_then_ask_together(own_server: 
     async with fleet(own_server, 1) as (store,):
         verdicts = await asyncio.gather(*(reserve(store, draws, who + 1) for who in range(300)))
         assert all(isinstance(verdict, Granted) for verdict in verdicts)
-        assert not store._busy
+        assert not store._asks.busy
         assert not store._asks
     assert await level(own_server, store, BUDGET) == BUDGET.capacity - 300_000
 
@@ -510,7 +510,7 @@ async def test_who_comes_back_in_time_is_not_told_to_wait_by_a_clock_that_is_beh
         assert isinstance(refused, Refused)
         due = time.monotonic() + refused.wait / SECOND
         await until(lambda: time.monotonic() > due)
-        store._ahead -= 60_000
+        store._session.ahead -= 60_000
         assert isinstance(await reserve(store, draws, 2), Granted)
 
 
