@@ -1,7 +1,8 @@
 """Requests a second of three replicas: with limits each for itself, on one Redis leased, and on one Redis exact.
 
 The three share the gateway's core, so the sum is what one core carries; the Redis server shares the other core with the
-mock engine and three generators of 11 connections. Five limits apply to each request and refuse none.
+mock engine and three generators of 11 connections. Five limits apply to each request and refuse none. A thousand keys
+take turns, then ten: a lease is of use to whoever comes back soon.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from loadtests.bench.native import BenchError
@@ -20,24 +22,28 @@ from loadtests.bench.rows import KIB, Bench, Body, Load, Sample, Target
 NAME = "replicas"
 REPLICAS = 3
 MODES = ("memory", "leased", "exact")
+FEW = 10
+"""Keys of the second measurement."""
 LOAD = Load([Body(2 * KIB)], connections=11)
 
 
 def measure(
     bench: Bench,
-    mode: str,
+    subject: str,
     targets: Sequence[Target],
     server: int | None,
     seconds: float,
     run: int,
     load: Load = LOAD,
+    keys: Path | None = None,
 ) -> Sample:
-    """One run against replicas that are up; ``server`` is the process id of the store, if there is one."""
-    sample = Sample(NAME, mode, run, seconds)
+    """One run against replicas that are up; ``server`` is the process id of the store, if there is one, ``keys`` a file
+    of those that ask, instead of all."""
+    sample = Sample(NAME, subject, run, seconds)
     with ExitStack() as started:
         generators = []
         for target in targets:
-            command = bench.command(target, load, seconds)
+            command = bench.command(target, load, seconds, keys)
             generator = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             started.enter_context(generator)
             started.callback(generator.kill)

@@ -306,6 +306,8 @@ class Session:
             server = RedisServer()
             started.callback(server.close)
             server.start()
+            few = self.directory / "few-keys.txt"
+            few.write_text("\n".join(self.keys[: replicas_row.FEW]), encoding="utf-8")
             fleets = {}
             for mode in replicas_row.MODES:
                 subject = limited(mode, server.url)
@@ -315,8 +317,18 @@ class Session:
             for run in range(self.options.runs):
                 for mode, targets in fleets.items():
                     pid = None if mode == "memory" else server.pid
-                    measure = partial(replicas_row.measure, self.bench, mode, targets, pid, self.options.seconds, run)
-                    self.keep(self.quietest(measure))
+                    for name, keys in ((mode, None), (f"{mode}, {replicas_row.FEW} keys", few)):
+                        measure = partial(
+                            replicas_row.measure,
+                            self.bench,
+                            name,
+                            targets,
+                            pid,
+                            self.options.seconds,
+                            run,
+                            keys=keys,
+                        )
+                        self.keep(self.quietest(measure))
 
     def soak(self) -> None:
         """The soak: memory over a great many requests, nginx and this gateway only."""
