@@ -94,6 +94,7 @@ def refill(shape: Shape, bucket: Bucket, now: int) -> Bucket:
     if shape.slots:
         return bucket
     level, part, epoch = bucket.level, bucket.part, bucket.epoch
+    # period(), written out: a request refills each of its buckets several times.
     begins = shape.ends if shape.ends and now >= shape.ends else shape.starts
     if begins > epoch:
         # A debt is paid back out of the next period, what was left over is not carried on.

@@ -324,7 +324,7 @@ class Limiter:
         if refused.early:
             self._metrics.early_retries += 1
         if refused.standing is not Standing.CLOSED:
-            self._metrics.limited(limit.scope, limit.counts.name.lower())
+            self._metrics.limited(limit.scope, plan.counted[refused.index])
         headers = rate_headers(plan.about, plan.shapes, refused.buckets, refused.standing)
         hold_time = self._expected_slot(limit, refused.buckets[refused.index])
         return refusal(limit, refused, draws[refused.index].amount, facts.model, hold_time, headers)

@@ -94,10 +94,13 @@ class Lease:
         """Return the bucket as far as it is known here, with what is held."""
         if self.known is None:
             return fresh(self.shape, now)
-        bucket = refill(self.shape, self.known, now)
+        return self.beside(refill(self.shape, self.known, now))
+
+    def beside(self, bucket: Bucket) -> Bucket:
+        """Return a bucket with what is held of it."""
         # What was held may have refilled there: then both together are more than there can be.
         level = min(bucket.level + self.held, 0 if self.shape.slots else self.shape.capacity)
-        return Bucket(level, bucket.at, bucket.part, bucket.epoch)
+        return Bucket(level, bucket.at, bucket.part, bucket.epoch, bucket.promises)
 
 
 class Seen(msgspec.Struct, frozen=True, gc=False):

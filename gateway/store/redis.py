@@ -150,11 +150,8 @@ class RedisStore:
             told = await answer
             if told is not None:
                 self._session.note(told)
-                held = [self._leases[d.bucket].held if d.bucket in self._leases else 0 for d in draws]
-                return tuple(
-                    Bucket(b.level + more, b.at, b.part, b.epoch, b.promises)
-                    for b, more in zip(told.buckets, held, strict=True)
-                )
+                leases = [self._leases.of(draw, now) for draw in draws]
+                return tuple(lease.beside(bucket) for lease, bucket in zip(leases, told.buckets, strict=True))
         return tuple(self._leases.of(draw, now).seen(now) for draw in draws)
 
     async def start(self) -> None:

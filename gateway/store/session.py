@@ -65,8 +65,7 @@ class Session:
 
     def note(self, told: Told) -> None:
         """Learn the time, the replicas, and whether the store has forgotten everything."""
-        self.ahead = told.now - steady()
-        self.live = told.live
+        self._learn(told)
         if self.serving and told.generation != self.generation:
             self._heard(Turn.EMPTIED)
             self.generation = told.generation
@@ -74,6 +73,10 @@ class Session:
 
     def begin(self, told: Told, lifetime: int) -> None:
         """Learn all of it, and that this replica lives."""
-        self.ahead = told.now - steady()
-        self.live, self.generation = told.live, told.generation
+        self._learn(told)
+        self.generation = told.generation
         self.alive_until = told.now + lifetime
+
+    def _learn(self, told: Told) -> None:
+        self.ahead = told.now - steady()
+        self.live = told.live

@@ -19,7 +19,6 @@ ledgers know, to a thousandth of a token: capacity + refill - charged - level = 
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
+
 from gateway.policy.limits import UNIT
+from gateway.serving.explain import Detail
 
 ROUNDING = 0.001
 """Seconds by which a row's time may be off."""
@@ -97,18 +99,17 @@ def _row(
     duration_ms: float,
     detail: str,
 ) -> Row:
-    told = json.loads(detail)
+    told = msgspec.json.decode(detail, type=Detail)
     began = datetime.fromisoformat(at).replace(tzinfo=UTC).timestamp()
-    split = told.get("time", {})
-    parts = tuple(Part(*part) for part in told.get("limits", ()))
-    read = began + (split.get("headers", 0.0) + split.get("body", 0.0)) / 1000
+    parts = tuple(Part(*part) for part in told.limits)
+    read = began + ((told.time.headers or 0.0) + (told.time.body or 0.0)) / 1000
     return Row(
         id=id,
-        client_id=told.get("client_request_id", ""),
+        client_id=told.client_request_id,
         tenant=tenant,
         model=model,
         read=read,
-        admitted=read + split.get("policy", 0.0) / 1000 if parts else None,
+        admitted=read + (told.time.policy or 0.0) / 1000 if parts else None,
         ended=began + duration_ms / 1000,
         status=status,
         outcome=outcome,
@@ -116,7 +117,7 @@ def _row(
         prompt=prompt,
         output=output,
         parts=parts,
-        refused_by=told.get("refused_by", ""),
+        refused_by=told.refused_by,
     )
 
 

@@ -13,6 +13,7 @@ from loadtests.limits.account import (
     SlotUse,
     Taken,
     Use,
+    balance,
     by_kind,
     charged_of,
     rooms,
@@ -319,7 +320,7 @@ def _left(report: Report, seen: Seen) -> None:
     charged = charged_of(seen.rows)
     for bucket, level in sorted(seen.levels.items()):
         if "tokens-budget" in bucket:
-            lacks = BUDGET * UNIT - level - charged.get(bucket, 0)
+            lacks = balance(charged.get(bucket, 0), level, BUDGET * UNIT)
             most = _may_lack(seen, bucket)
             report.demand(
                 0 <= lacks <= most,
