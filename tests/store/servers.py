@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,18 @@ class Server:
 
     def __init__(self, *options: str, sentinel_of: Server | None = None) -> None:
         self.port = free_port()
-        self._directory = tempfile.mkdtemp(prefix="forebay-redis-")
-        self.socket = f"{self._directory}/s"
         self._sentinel_of = sentinel_of
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
+
+    @cached_property
+    def _directory(self) -> str:
+        """Made when it is needed: some servers are only an address where nobody answers."""
+        return tempfile.mkdtemp(prefix="forebay-redis-")
+
+    @property
+    def socket(self) -> str:
+        return f"{self._directory}/s"
 
     @property
     def url(self) -> str:
@@ -127,7 +135,8 @@ class Server:
 
     def close(self) -> None:
         self.kill()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if "_directory" in vars(self):
+            shutil.rmtree(self._directory, ignore_errors=True)
 
 
 class Deaf:
