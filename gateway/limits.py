@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
-from gateway.policy.limits import FREE, UNIT, Counts, Limit, Rates
+from gateway.policy.limits import FREE, PLAIN, UNIT, Counts, Limit, Rates
 from gateway.policy.token_bucket import LARGEST, SECOND, Shape, rate_shape
 from gateway.redis_url import Target, read_url
 from gateway.values import ConfigError, Count, ModelPattern, Name, PositiveDuration, Section, UserPath, read_secret
@@ -479,7 +479,7 @@ def calendar(period: str, zone: ZoneInfo, now: int) -> tuple[int, int]:
 def weights_of(limits: Limits, model: str) -> Rates:
     """Return what a model's tokens count for."""
     _, found = model_limits(limits, model)
-    return Rates() if found is None else _rates(found.weights, UNIT)
+    return PLAIN if found is None else _rates(found.weights, UNIT)
 
 
 def prices_of(limits: Limits, model: str) -> Rates:
@@ -494,4 +494,5 @@ def _rates(kinds: Prices | Weights, scale: int) -> Rates:
 
     cached = kinds.input if kinds.cached is None else kinds.cached
     reasoning = kinds.output if kinds.reasoning is None else kinds.reasoning
-    return Rates(units(kinds.input), units(cached), units(kinds.output), units(reasoning))
+    rates = Rates(units(kinds.input), units(cached), units(kinds.output), units(reasoning))
+    return next((known for known in (FREE, PLAIN) if known == rates), rates)

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from gateway.cli import app
 from gateway.report import explain_in_text
 from gateway.serving.explain import explanation, ledger_row, row_of
+from gateway.serving.limiter import NO_CHARGES, Charges
 from gateway.serving.ticket import Outcome, Ticket
 from gateway.serving.upstream import Loss
 from gateway.state.usage import UsageRow, UsageStore
@@ -173,7 +174,7 @@ def a_ticket(stage: Stage) -> Ticket:
     ticket.at = NOW.timestamp()
     ticket.key, ticket.key_id, ticket.tenant, ticket.organisation = "alice", "0f3a9c51b2de", "search", "acme"
     ticket.client, ticket.sdk_retry, ticket.version = "10.0.0.1", 2, "3"
-    ticket.limits = (("key alice: tokens per minute", "tokens", 900_000, 7_500),)
+    ticket.charges = Charges(("key alice: tokens per minute",), ("tokens",), [900_000], [7_500])
     ticket.settlement, ticket.cost = "exact", 1_500_000
     return ticket
 
@@ -216,7 +217,7 @@ def test_everything_on_one_screen() -> None:
 def test_what_runs_and_what_was_refused() -> None:
     stage = Stage()
     ticket = a_ticket(stage)
-    ticket.limits = ()
+    ticket.charges = NO_CHARGES
     ticket.refused_by = "team search: requests per minute"
     ticket.error = "slow\x1b[2Jdown"
     running_still = explain_in_text(explanation(row_of(ticket, stage.clock()), "memory"))

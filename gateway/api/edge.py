@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from gateway.api.auth import Authenticator, Networks, client_address, may_use, network_of
@@ -25,7 +26,7 @@ from gateway.log import Log
 from gateway.metrics import Metrics
 from gateway.serving.deadlines import Deadlines
 from gateway.serving.dialect import Route
-from gateway.serving.limiter import Hold, Limiter, Plan, read_facts
+from gateway.serving.limiter import Hold, Limiter, Plan, read_facts, who_asks
 from gateway.serving.pending import Pending
 from gateway.serving.pool import Pool
 from gateway.serving.relay import OUTCOMES, Client, Header, Order, Relay, RelayLimits
@@ -233,9 +234,9 @@ class Edge:
         plan = self.plan(request.who, asked.model, request.ticket.client)
         request.ticket.organisation = plan.organisation
         facts = read_facts(
-            plan, request.route, asked.model, asked.fields, asked.max_tokens, body, asked.media, request.first
+            request.route, asked.model, asked.fields, asked.max_tokens, len(body), asked.media, request.first
         )
-        return self.limiter.admit(plan, facts)
+        return self.limiter.admit(plan, facts, partial(who_asks, plan, body))
 
     def plan(self, who: KeyRecord, model: str, client: str) -> Plan:
         """Return what a key falls under on a model; without a key, what its client's address does."""

@@ -8,6 +8,7 @@ Rule 3: what is learned is bounded: so many subjects, each of a fixed size, and 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import msgspec
 
@@ -27,6 +28,8 @@ TOKENS_PER_PART = 1500
 TEMPLATE = 64
 """Tokens a chat template is taken to add, as long as nothing is known."""
 _BINS = 56
+_SIZES = 48
+"""Doublings of a body's size that are told apart."""
 
 
 class Sketch(msgspec.Struct):
@@ -93,79 +96,153 @@ def empty() -> Sketch:
     return Sketch([0.0] * _BINS, [0.0] * _BINS)
 
 
+class OfModel:
+    """What was learned of one model: tokens of prompts by the size of their bodies, of images and the like, of
+    answers, and of the events of its streams in each dialect."""
+
+    __slots__ = ("answers", "events", "parts", "prompts")
+
+    def __init__(self) -> None:
+        self.prompts: list[Sketch | None] = [None] * _SIZES
+        """Tokens a byte. Bodies of about one size are alike: what is not text in them, and what a template adds, weighs
+        the same."""
+        self.parts = empty()
+        self.answers = empty()
+        self.events: dict[str, Sketch] = {}
+
+    def text(self, size: int) -> float:
+        """Return the tokens of a prompt of ``size`` bytes without images."""
+        learned = self.prompts[min(size.bit_length(), _SIZES - 1)]
+        if learned is None or learned.known < 0:
+            return TEMPLATE + size * TOKENS_PER_BYTE
+        return size * learned.known
+
+    def of_size(self, size: int) -> Sketch:
+        """Return what is learned of prompts of about ``size`` bytes."""
+        at = min(size.bit_length(), _SIZES - 1)
+        learned = self.prompts[at]
+        if learned is None:
+            learned = self.prompts[at] = empty()
+        return learned
+
+
+class Learned:
+    """What was learned of one key's answers from one model, beside what everybody's say of that."""
+
+    __slots__ = ("_everybody", "_lots", "_own", "_passes")
+
+    def __init__(self, everybody: OfModel, lots: Lots, own: Sketch | None) -> None:
+        self._everybody = everybody
+        self._lots = lots
+        self._own = own
+        self._passes = 0
+
+    @property
+    def passes(self) -> bool:
+        """Whether the request that just ended need not be learned from: of what is well known one in four is enough,
+        and of what nothing limits one in sixteen."""
+        if self._passes:
+            self._passes -= 1
+            return True
+        return False
+
+    def prompt(self, size: int, parts: int = 0) -> int:
+        """Return the tokens a prompt of ``size`` bytes and ``parts`` images or the like probably has at most."""
+        tokens = self._everybody.text(size)
+        if parts:
+            each = self._everybody.parts.known
+            tokens += parts * (TOKENS_PER_PART if each < 0 else each)
+        return round(tokens)
+
+    def output(self, stated: int | None, assumed: int) -> int:
+        """Return the tokens one answer probably has at most; ``assumed`` where nothing is stated or learned."""
+        own = self._own
+        known = self._everybody.answers.known if own is None or own.known < 0 else own.known
+        if known < 0:
+            return assumed if stated is None else stated
+        likely = max(1, round(known))
+        return likely if stated is None or likely < stated else stated
+
+    def per_event(self, dialect: str) -> float:
+        """Return the tokens an event of a stream stands for."""
+        learned = self._everybody.events.get(dialect)
+        return 1.0 if learned is None or learned.known < 0 else learned.known
+
+    def learn(self, size: int, parts: int, prompt: int, output: int, answers: int, *, limited: bool) -> None:
+        """Take what a request really used; ``size`` 0 where its prompt was given in tokens."""
+        everybody, own = self._everybody, self._own
+        if not limited:
+            self._passes = self._lots.draw(31)
+        elif own is None or own.total >= WELL_KNOWN:
+            self._passes = self._lots.draw(7)
+        # What is new of a key is nothing new of its model.
+        seldom = not self._passes and self._lots.draw(4) > 0
+        if size or parts:
+            sketch = everybody.parts if parts else everybody.of_size(size)
+            if not seldom or sketch.total < WELL_KNOWN:
+                sketch.add(max(0.0, prompt - everybody.text(size)) / parts if parts else prompt / size)
+        if output:
+            each = output / answers if answers > 1 else output
+            if own is not None:
+                own.add(each)
+            if not seldom or everybody.answers.total < WELL_KNOWN:
+                everybody.answers.add(each)
+
+    def learn_events(self, dialect: str, tokens: float) -> None:
+        """Take what an event of a whole stream stood for."""
+        events = self._everybody.events
+        learned = events.get(dialect)
+        if learned is None:
+            learned = events[dialect] = empty()
+        learned.add(tokens)
+
+
+class Lots:
+    """Which of many requests are learned from is drawn, so that no pattern of requests hides another."""
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last = 1
+
+    def draw(self, most: int) -> int:
+        """Return a number from 0 to below ``most``."""
+        self._last = (self._last * 1_103_515_245 + 12_345) & 0x7FFFFFFF
+        # The upper bits are as good as random.
+        return (self._last >> 16) % most
+
+
 class Estimator:
-    """What was learned of prompts by model, and of answers by key and model."""
+    """Everything that was learned, by model and by key and model. What nobody has asked for in a while is forgotten
+    first; who holds it keeps it."""
 
     def __init__(self, most: int = MOST_SUBJECTS) -> None:
         self._most = most
-        self._sketches: OrderedDict[tuple[str, str], Sketch] = OrderedDict()
-        self._draw = 1
+        self._models: OrderedDict[str, OfModel] = OrderedDict()
+        self._keys: OrderedDict[tuple[str, str], Learned] = OrderedDict()
+        self._lots = Lots()
 
     def __len__(self) -> int:
-        return len(self._sketches)
+        return len(self._models) + len(self._keys)
 
-    def prompt(self, model: str, size: int, parts: int = 0) -> int:
-        """Return the tokens a prompt of ``size`` bytes and ``parts`` images or the like probably has at most."""
-        tokens = self._text(model, size)
-        if parts:
-            tokens += parts * self._learned(("parts", model), TOKENS_PER_PART)
-        return round(tokens)
+    def of(self, key: str, model: str) -> Learned:
+        """Return what is learned of a key on a model; without a key, of everybody."""
+        learned = self._keys.get((key, model))
+        if learned is None:
+            self._bound(self._keys)
+            own = empty() if key else None
+            learned = self._keys[key, model] = Learned(self._model(model), self._lots, own)
+        self._keys.move_to_end((key, model))
+        return learned
 
-    def _text(self, model: str, size: int) -> float:
-        """Bodies of about one size are alike: what is not text in them, and what a template adds, weighs the same."""
-        learned = self._learned((f"bytes {size.bit_length()}", model), -1.0)
-        return TEMPLATE + size * TOKENS_PER_BYTE if learned < 0 else size * learned
+    def _model(self, model: str) -> OfModel:
+        found = self._models.get(model)
+        if found is None:
+            self._bound(self._models)
+            found = self._models[model] = OfModel()
+        self._models.move_to_end(model)
+        return found
 
-    def output(self, key: str, model: str, stated: int | None, assumed: int) -> int:
-        """Return the tokens one answer probably has at most; ``assumed`` where nothing is stated or learned."""
-        learned = self._learned((key, model), -1.0)
-        if learned < 0:
-            learned = self._learned(("", model), -1.0)
-        if learned < 0:
-            return assumed if stated is None else stated
-        likely = max(1, round(learned))
-        return likely if stated is None else min(stated, likely)
-
-    def per_event(self, stream: str) -> float:
-        """Return the tokens an event stands for; ``stream`` is a model in one dialect."""
-        return self._learned(("events", stream), 1.0)
-
-    def learn_events(self, stream: str, tokens: float) -> None:
-        """Take what an event of a whole stream stood for."""
-        self._sketch(("events", stream)).add(tokens)
-
-    def passes(self, key: str, model: str, *, limited: bool) -> bool:
-        """Tell whether a request need not be learned from: of a key on a model that is well known one in four is
-        enough, and of one that nothing limits one in sixteen. Which one is drawn, so that no pattern of requests hides
-        another."""
-        if limited:
-            known = self._sketches.get((key, model))
-            if known is None or known.total < WELL_KNOWN:
-                return False
-        self._draw = (self._draw * 1_103_515_245 + 12_345) & 0x7FFFFFFF
-        return bool(self._draw & (0x600000 if limited else 0x1E00000))
-
-    def learn(self, key: str, model: str, size: int, parts: int, prompt: int, output: int, answers: int) -> None:
-        """Take what a request really used; ``size`` 0 where its prompt was given in tokens."""
-        if size and not parts:
-            self._sketch((f"bytes {size.bit_length()}", model)).add(prompt / size)
-        elif parts:
-            self._sketch(("parts", model)).add(max(0.0, prompt - self._text(model, size)) / parts)
-        if output:
-            each = output / max(1, answers)
-            self._sketch((key, model)).add(each)
-            self._sketch(("", model)).add(each)
-
-    def _learned(self, subject: tuple[str, str], otherwise: float) -> float:
-        sketch = self._sketches.get(subject)
-        return otherwise if sketch is None or sketch.known < 0 else sketch.known
-
-    def _sketch(self, subject: tuple[str, str]) -> Sketch:
-        sketch = self._sketches.get(subject)
-        if sketch is None:
-            if len(self._sketches) >= self._most:
-                self._sketches.popitem(last=False)
-            sketch = self._sketches[subject] = empty()
-        else:
-            self._sketches.move_to_end(subject)
-        return sketch
+    def _bound(self, kept: OrderedDict[Any, Any]) -> None:
+        if len(kept) >= self._most:
+            kept.popitem(last=False)

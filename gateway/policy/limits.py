@@ -49,6 +49,8 @@ class Rates(msgspec.Struct, frozen=True, gc=False):
 
 
 FREE = Rates(0, 0, 0, 0)
+PLAIN = Rates()
+"""Every token counts for one; like ``FREE`` known by what it is, not by what is in it."""
 
 
 class Limit(msgspec.Struct, frozen=True):
@@ -82,10 +84,11 @@ class Size(msgspec.Struct, frozen=True, gc=False):
 
 def amounts(size: Size, weights: Rates, prices: Rates) -> tuple[int, int, int, int, int]:
     """Return what a request takes from a limit of each kind (``Counts``)."""
+    tokens = (size.prompt + size.output) * UNIT
     return (
         UNIT,
-        weights.cost(size.prompt, size.cached, size.output, size.reasoning),
-        prices.cost(size.prompt, size.cached, size.output, size.reasoning) if prices is not FREE else 0,
+        tokens if weights is PLAIN else weights.cost(size.prompt, size.cached, size.output, size.reasoning),
+        0 if prices is FREE else prices.cost(size.prompt, size.cached, size.output, size.reasoning),
         UNIT,
-        (size.prompt + size.output) * UNIT,
+        tokens,
     )

@@ -76,9 +76,6 @@ def take(
     ``sharers`` are those who lease. ``first``: this is no repetition, so what was promised to the same ``who`` is for
     others that look alike.
     """
-    plain = _take_plainly(needs, buckets, now)
-    if plain is not None:
-        return plain
     current = [_alive(refill(need.shape, bucket, now), now) for need, bucket in zip(needs, buckets, strict=True)]
     mine = None if first or not who else _promised(current, who)
     free = [
@@ -103,27 +100,15 @@ def take(
     return Taken(tuple(after), tuple(amounts))
 
 
-def _take_plainly(needs: Sequence[Asking], buckets: Sequence[Bucket], now: int) -> Taken | None:
-    """Take where nothing was promised, all is there and no lease is asked for, which is nearly always; else None."""
-    after = []
-    for need, bucket in zip(needs, buckets, strict=True):
-        shape, amount = need.shape, need.amount
-        bucket = refill(shape, bucket, now)
-        if bucket.promises or need.more or spare(shape, bucket) < amount:
-            return None
-        after.append(Bucket(bucket.level - amount, bucket.at, bucket.part, bucket.epoch))
-    return Taken(tuple(after), tuple([need.amount for need in needs]))
-
-
 def give(shape: Shape, bucket: Bucket, amount: int, now: int) -> Bucket:
     """Return a bucket to which ``amount`` was given back; below zero, it is taken even where that is a debt."""
     bucket = refill(shape, bucket, now)
-    level, most = bucket.level + amount, 0 if shape.slots else shape.capacity
-    if level > most:
-        level = most
+    level, most, part = bucket.level + amount, 0 if shape.slots else shape.capacity, bucket.part
+    if level >= most:
+        level, part = most, 0
     elif level < -LARGEST:
         level = -LARGEST
-    return Bucket(level, bucket.at, bucket.part, bucket.epoch, bucket.promises)
+    return Bucket(level, bucket.at, part, bucket.epoch, bucket.promises)
 
 
 def _refuse(needs: Sequence[Asking], buckets: list[Bucket], now: int, who: int, mine: Promise | None) -> Short:

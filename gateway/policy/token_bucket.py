@@ -94,8 +94,7 @@ def refill(shape: Shape, bucket: Bucket, now: int) -> Bucket:
     if shape.slots:
         return bucket
     level, part, epoch = bucket.level, bucket.part, bucket.epoch
-    # period(), written out: a request refills each of its buckets several times.
-    begins = shape.ends if shape.ends and now >= shape.ends else shape.starts
+    begins = period(shape, now)
     if begins > epoch:
         # A debt is paid back out of the next period, what was left over is not carried on.
         level, part, epoch = shape.capacity + min(level, 0), 0, begins
@@ -142,3 +141,9 @@ def wait(shape: Shape, bucket: Bucket, amount: int, now: int) -> int:
         told = min(told, ends - bucket.at)
     # Where the clock has stepped back, nothing refills until it has caught up.
     return min(told + max(0, bucket.at - now), NEVER)
+
+
+def until_full(shape: Shape, bucket: Bucket) -> int:
+    """Return the microseconds until a bucket is full again, as it stands."""
+    # A wait is a microsecond on the safe side.
+    return max(0, wait(shape, bucket, shape.capacity, bucket.at) - 1)

@@ -110,6 +110,7 @@ def row_of(ticket: Ticket, now: float) -> UsageRow:
 
 
 def _detail(ticket: Ticket, outcome: str, end: float) -> Detail:
+    charges = ticket.charges
     return Detail(
         ticket.client,
         ticket.client_request_id[:MAX_TEXT],
@@ -119,7 +120,7 @@ def _detail(ticket: Ticket, outcome: str, end: float) -> Detail:
         ticket.bytes_in,
         ticket.error[:MAX_TEXT],
         ticket.refused_by,
-        ticket.limits,
+        tuple(zip(charges.buckets, charges.said, charges.reserved, charges.charged, strict=True)),
         _time_split(ticket, end),
         [_tried(attempt, outcome, end) for attempt in ticket.tried[:SHOWN_ATTEMPTS]],
     )

@@ -11,6 +11,7 @@ import asyncio
 import enum
 import zlib
 from collections.abc import Callable, Generator, Sequence
+from operator import sub
 
 import msgspec
 
@@ -18,16 +19,16 @@ from engines.protocol import Fields
 from gateway.errors import Refusal
 from gateway.limits import Asker, Declared, applying, organisation_of, prices_of, weights_of
 from gateway.metrics import Metrics
-from gateway.policy.estimate import Estimator
+from gateway.policy.estimate import Estimator, Learned
 from gateway.policy.limits import FREE, UNIT, Counts, Limit, Rates, Size, amounts
-from gateway.policy.token_bucket import NEVER, Bucket, Shape, spare
+from gateway.policy.token_bucket import NEVER, Bucket, spare
 from gateway.serving.dialect import OPENAI, Route
 from gateway.serving.meter import Usage
 from gateway.serving.pending import Pending
 from gateway.serving.rates import Family, Header, families, never_fits, rate_headers, refusal
 from gateway.serving.tokens import count_prompts
 from gateway.state.keys import KeyRecord
-from gateway.store.protocol import Buckets, Draw, Granted, Refused, Standing, Store, Verdict
+from gateway.store.protocol import Buckets, Granted, Known, Levels, Refused, Standing, Store, Verdict
 
 MOST_PLANS = 50_000
 """Kept at once; beyond that they are worked out anew."""
@@ -64,11 +65,15 @@ class Plan(msgspec.Struct, frozen=True):
     who: KeyRecord
     organisation: str
     limits: tuple[Limit, ...]
-    shapes: tuple[Shape, ...]
+    buckets: Buckets
+    """Those of the limits, in their order."""
+    counts: tuple[int, ...]
+    """What each limit counts: the position in a request's amounts."""
+    said: tuple[str, ...]
+    """The same in a word."""
+    learned: Learned
     seed: int
     """Of what stands for a request: the same body of another key is another one."""
-    counted: tuple[str, ...]
-    """What each limit counts, in a word."""
     about: tuple[Family, ...]
     weights: Rates
     prices: Rates
@@ -90,14 +95,25 @@ class Facts(msgspec.Struct):
     answers: int
     stated: int | None
     counted: int | None
-    who: int
     first: bool
+
+
+class Charges(msgspec.Struct, frozen=True, gc=False):
+    """What was reserved of each bucket and what was charged, in 1/1000; ``said`` is what it counts."""
+
+    buckets: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
+    reserved: Sequence[int] = ()
+    charged: Sequence[int] = ()
+
+
+NO_CHARGES = Charges()
 
 
 class Hold:
     """What a request holds of its limits, from the reservation to the settlement."""
 
-    __slots__ = ("_draws", "_facts", "_granted", "_limiter", "_plan", "_size", "settled", "used")
+    __slots__ = ("_amounts", "_facts", "_granted", "_limiter", "_plan", "_size", "settled", "used")
 
     def __init__(
         self,
@@ -105,7 +121,7 @@ class Hold:
         plan: Plan,
         facts: Facts,
         size: Size | None,
-        draws: tuple[Draw, ...],
+        amounts: Sequence[int],
         granted: Granted | None,
     ) -> None:
         self._limiter = limiter
@@ -113,7 +129,7 @@ class Hold:
         self._facts = facts
         self._size = size
         """As it was estimated; not at all where there is no limit to reserve it of."""
-        self._draws = draws
+        self._amounts = amounts
         self._granted = granted
         self.settled: Settlement | None = None
         self.used: Usage | None = None
@@ -125,13 +141,13 @@ class Hold:
         granted = self._granted
         if granted is None:
             return []
-        return rate_headers(self._plan.about, self._plan.shapes, granted.buckets, granted.standing)
+        plan = self._plan
+        return rate_headers(plan.about, granted.levels, granted.standing)
 
     def settle(
         self, usage: Usage | None, events: int, *, whole: bool, accepted: bool
-    ) -> tuple[Settlement, int, tuple[tuple[str, str, int, int], ...]]:
-        """Give back what was not used. Returns how, the cost in nano-dollars, and for each limit its bucket, what it
-        counts, what was reserved and what was charged.
+    ) -> tuple[Settlement, int, Charges]:
+        """Give back what was not used. Returns how, the cost in nano-dollars, and what each limit was charged.
 
         ``whole``: the answer came to its end, so a usage is all of it. ``accepted``: an engine may have worked on it.
         """
@@ -143,35 +159,29 @@ class Hold:
             self.used = Usage(used.prompt, used.output, used.cached)
         plan = self._plan
         cost = 0
-        lines: tuple[tuple[str, str, int, int], ...] = ()
-        if self._draws:
-            charged = amounts(used, plan.weights, plan.prices)
-            cost = charged[_MONEY]
-            lines = self._give_back(kind, charged)
+        charges = NO_CHARGES
+        if self._granted is not None:
+            size = amounts(used, plan.weights, plan.prices)
+            cost = size[_MONEY]
+            charges = self._give_back(kind, size)
         elif plan.prices is not FREE:
             cost = plan.prices.cost(used.prompt, used.cached, used.output, used.reasoning)
-        if kind is EXACT:
-            self._limiter.learn(self._facts, plan, used, events)
-        return kind, 0 if kind is VOID else cost, lines
+        if kind is EXACT and not plan.learned.passes:
+            _learn(self._facts, plan, used, events)
+        return kind, 0 if kind is VOID else cost, charges
 
-    def _give_back(self, kind: Settlement, charged: Sequence[int]) -> tuple[tuple[str, str, int, int], ...]:
-        back = []
-        lines = []
-        plan = self._plan
-        for limit, counted, draw in zip(plan.limits, plan.counted, self._draws, strict=True):
-            counts = limit.counts
-            if kind is VOID or counts in (_CONCURRENT, _IN_FLIGHT):
-                keeps = 0
-            elif kind is KEPT or counts is _REQUESTS:
-                keeps = draw.amount
-            else:
-                keeps = charged[counts]
-            lines.append((limit.bucket, counted, draw.amount, keeps))
-            if keeps != draw.amount:
-                back.append(Draw(draw.bucket, draw.shape, draw.amount - keeps) if keeps else draw)
-        if back:
-            self._limiter.store.settle(back)
-        return tuple(lines)
+    def _give_back(self, kind: Settlement, used: Sequence[int]) -> Charges:
+        plan, reserved = self._plan, self._amounts
+        if kind is VOID:
+            charged = [0] * len(reserved)
+        elif kind is KEPT:
+            charged = [0 if at >= _CONCURRENT else amount for at, amount in zip(plan.counts, reserved, strict=True)]
+        else:
+            # Slots and tokens in flight come back whole.
+            final = (*used[:_CONCURRENT], 0, 0)
+            charged = [final[at] for at in plan.counts]
+        self._limiter.store.settle(plan.buckets, list(map(sub, reserved, charged)))
+        return Charges(plan.buckets.names, plan.said, reserved, charged)
 
     def _used(self, usage: Usage | None, events: int, whole: bool, accepted: bool) -> tuple[Settlement, Size]:
         facts = self._facts
@@ -183,13 +193,17 @@ class Hold:
             # Usage comes last in OpenAI's dialect; in the others what comes first is not all.
             if (whole or facts.route.dialect is OPENAI) and (usage.completion is not None or not writes):
                 return EXACT, known
-            counted = max(known.output, self._limiter.tokens(facts, events))
+            counted = max(known.output, self._tokens(events))
             return COUNTED, Size(known.prompt, counted, known.cached, known.reasoning)
         # An answer that is no stream is one event, which says nothing of its length.
         size = self._size or self._limiter.estimate(self._plan, facts)
         if (events > 1 and writes and usage is None) if whole else events:
-            return COUNTED, Size(size.prompt, self._limiter.tokens(facts, events))
+            return COUNTED, Size(size.prompt, self._tokens(events))
         return (KEPT if accepted or whole else VOID), size
+
+    def _tokens(self, events: int) -> int:
+        """Return the tokens that so many events of its stream probably are."""
+        return round(events * self._plan.learned.per_event(self._facts.route.dialect.name))
 
 
 class Limiter:
@@ -226,25 +240,28 @@ class Limiter:
         source = f"keys.{who.name}.limits" if who.source == "file" else f"database key {who.name}"
         asker = Asker(who.public_id, who.tenant, model, pool, address, who.limits, source)
         limits = applying(asker, known, self._clock())
-        shapes = tuple(limit.shape for limit in limits)
+        buckets = Buckets(tuple(limit.bucket for limit in limits), tuple(limit.shape for limit in limits))
         weights, prices = weights_of(known.limits, model), prices_of(known.limits, model)
         return Plan(
             who=who,
             organisation=organisation_of(who.tenant, known) if who.public_id else "",
             limits=limits,
-            shapes=shapes,
+            buckets=buckets,
+            counts=tuple(int(limit.counts) for limit in limits),
+            said=tuple(limit.counts.name.lower() for limit in limits),
+            learned=self._estimator.of(who.public_id, model),
             seed=zlib.crc32(who.public_id.encode()),
-            counted=tuple(limit.counts.name.lower() for limit in limits),
             about=families(limits),
             weights=weights,
             prices=prices,
             cuts=tuple(at for at, limit in enumerate(limits) if limit.cut),
             roomy=min((_roomy(limit, weights, prices) for limit in limits if not limit.cut), default=NEVER),
-            until=min((shape.ends for shape in shapes if shape.ends), default=0),
+            until=min((shape.ends for shape in buckets.shapes if shape.ends), default=0),
         )
 
-    def admit(self, plan: Plan, facts: Facts) -> Generator[Pending, Verdict, Hold | Refusal]:
-        """Reserve what a request will need, or say why not; yields the store's answer where that is not known here."""
+    def admit(self, plan: Plan, facts: Facts, who: Callable[[], int]) -> Generator[Pending, Verdict, Hold | Refusal]:
+        """Reserve what a request will need, or say why not; yields the store's answer where that is not known here.
+        ``who`` stands for the request and its repetitions."""
         if not plan.limits:
             return Hold(self, plan, facts, None, (), None)
         size = self.estimate(plan, facts)
@@ -255,21 +272,25 @@ class Limiter:
             limit = plan.limits[at]
             most = self._affordable(plan, facts, size, limit.shape.capacity, limit.counts)
             size = Size(size.prompt, min(size.output, max(0, most) * facts.answers))
-        draws = self._draws(plan, size)
-        verdict = yield from self._reserve(draws, facts)
+        wanted = self._wanted(plan, size)
+        verdict = self.store.reserve(plan.buckets, wanted, who, first=facts.first)
+        if not isinstance(verdict, Granted):
+            verdict = yield from self._decided(plan, wanted, verdict)
         if isinstance(verdict, Refused) and verdict.index in plan.cuts:
             shorter = self._shortened(plan, facts, size, verdict.buckets[verdict.index], verdict.index)
             if shorter is not None:
-                size, draws = shorter, self._draws(plan, shorter)
-                verdict = yield from self._reserve(draws, facts)
+                size, wanted = shorter, self._wanted(plan, shorter)
+                verdict = self.store.reserve(plan.buckets, wanted, who, first=facts.first)
+                verdict = yield from self._decided(plan, wanted, verdict)
         if isinstance(verdict, Refused):
-            return self._refuse(plan, facts, draws, verdict)
+            return self._refuse(plan, facts, wanted, verdict)
         if plan.cuts:
-            self._cut(plan, facts, size, verdict.buckets)
-        return Hold(self, plan, facts, size, draws, verdict)
+            self._cut(plan, facts, size, verdict.levels)
+        return Hold(self, plan, facts, size, wanted, verdict)
 
-    def _reserve(self, draws: tuple[Draw, ...], facts: Facts) -> Generator[Pending, Verdict, Granted | Refused]:
-        verdict = self.store.reserve(draws, facts.who, first=facts.first)
+    def _decided(
+        self, plan: Plan, wanted: Sequence[int], verdict: Verdict | asyncio.Future[Verdict]
+    ) -> Generator[Pending, Verdict, Verdict]:
         if not isinstance(verdict, asyncio.Future):
             return verdict
         try:
@@ -278,20 +299,19 @@ class Limiter:
             # The client left. What is still to be answered the store takes back by itself; an answer that came in the
             # meantime nobody else will see.
             if not verdict.cancel() and not verdict.cancelled() and isinstance(verdict.result(), Granted):
-                self.store.settle(draws)
+                self.store.settle(plan.buckets, wanted)
             raise
 
     def estimate(self, plan: Plan, facts: Facts) -> Size:
         """Return what a request will probably use at most."""
-        if not facts.route.charged:
+        route, learned = facts.route, plan.learned
+        if not route.charged:
             return Size(0, 0)
-        learned = self._estimator
-        prompt = facts.counted if facts.counted is not None else learned.prompt(facts.model, facts.size, facts.parts)
-        if not facts.route.token_fields:
+        prompt = facts.counted if facts.counted is not None else learned.prompt(facts.size, facts.parts)
+        if not route.token_fields:
             return Size(prompt, 0)
-        assumed = self.known.limits.assumed_output
-        stated = facts.stated if facts.stated is not None else facts.route.implied_tokens
-        return Size(prompt, facts.answers * learned.output(plan.who.public_id, facts.model, stated, assumed))
+        stated = facts.stated if facts.stated is not None else route.implied_tokens
+        return Size(prompt, facts.answers * learned.output(stated, self.known.limits.assumed_output))
 
     def _never_fits(self, plan: Plan, facts: Facts) -> Refusal | None:
         """Refuse what is larger than a whole bucket by what the client stated, or at the very least."""
@@ -301,33 +321,32 @@ class Limiter:
         least = Size(prompt, (facts.stated or 0) * facts.answers)
         if least.prompt + least.output <= plan.roomy:
             return None
-        for limit, asked in zip(plan.limits, self._needs(plan, least), strict=True):
+        needs = amounts(least, plan.weights, plan.prices)
+        for limit in plan.limits:
+            asked = needs[limit.counts]
             if asked > limit.shape.capacity and not limit.cut:
                 return never_fits(limit, asked, facts.model)
         return None
 
-    def _needs(self, plan: Plan, size: Size) -> list[int]:
+    def _wanted(self, plan: Plan, size: Size) -> list[int]:
+        """Return what is wanted of each bucket."""
         needs = amounts(size, plan.weights, plan.prices)
-        return [needs[limit.counts] for limit in plan.limits]
+        wanted = [needs[at] for at in plan.counts]
+        if plan.cuts or size.prompt + size.output > plan.roomy:
+            # An estimate that is more than a bucket holds takes all of it: what can never fit is refused on facts only.
+            return [min(want, shape.capacity) for want, shape in zip(wanted, plan.buckets.shapes, strict=True)]
+        return wanted
 
-    def _draws(self, plan: Plan, size: Size) -> tuple[Draw, ...]:
-        # An estimate that is more than a bucket holds takes all of it: what can never fit is refused on facts only.
-        needs = amounts(size, plan.weights, plan.prices)
-        draws = []
-        for limit in plan.limits:
-            shape, need = limit.shape, needs[limit.counts]
-            draws.append(Draw(limit.bucket, shape, need if need <= shape.capacity else shape.capacity))
-        return tuple(draws)
-
-    def _refuse(self, plan: Plan, facts: Facts, draws: tuple[Draw, ...], refused: Refused) -> Refusal:
+    def _refuse(self, plan: Plan, facts: Facts, wanted: Sequence[int], refused: Refused) -> Refusal:
         limit = plan.limits[refused.index]
         if refused.early:
             self._metrics.early_retries += 1
         if refused.standing is not Standing.CLOSED:
-            self._metrics.limited(limit.scope, plan.counted[refused.index])
-        headers = rate_headers(plan.about, plan.shapes, refused.buckets, refused.standing)
+            self._metrics.limited(limit.scope, plan.said[refused.index])
+        levels = Known(plan.buckets.shapes, refused.buckets)
+        headers = rate_headers(plan.about, levels, refused.standing)
         hold_time = self._expected_slot(limit, refused.buckets[refused.index])
-        return refusal(limit, refused, draws[refused.index].amount, facts.model, hold_time, headers)
+        return refusal(limit, refused, wanted[refused.index], facts.model, hold_time, headers)
 
     # --- budgets that cut -------------------------------------------------------------------------------------------
 
@@ -344,12 +363,12 @@ class Limiter:
         output = self._affordable(plan, facts, size, spare(limit.shape, bucket), limit.counts)
         return Size(size.prompt, output * facts.answers) if output >= LEAST_CUT else None
 
-    def _cut(self, plan: Plan, facts: Facts, size: Size, buckets: Buckets) -> None:
+    def _cut(self, plan: Plan, facts: Facts, size: Size, levels: Levels) -> None:
         """Bound the answer by what is reserved and what is left beside it: the engine ends it with `length`."""
         most = NEVER
         for at in plan.cuts:
             limit = plan.limits[at]
-            more = self._affordable(plan, facts, Size(0, 0), max(0, spare(limit.shape, buckets[at])), limit.counts)
+            more = self._affordable(plan, facts, Size(0, 0), max(0, levels.left(at)), limit.counts)
             most = min(most, size.output // facts.answers + more)
         names = [name for name in facts.route.token_fields if name in facts.fields]
         if facts.stated is None or facts.stated > most:
@@ -358,21 +377,6 @@ class Limiter:
 
     # --- afterwards -------------------------------------------------------------------------------------------------
 
-    def tokens(self, facts: Facts, events: int) -> int:
-        """Return the tokens that so many events of a stream probably are."""
-        return round(events * self._estimator.per_event(_spoken(facts)))
-
-    def learn(self, facts: Facts, plan: Plan, used: Size, events: int) -> None:
-        """Take what a request really used."""
-        if self._estimator.passes(plan.who.public_id, facts.model, limited=bool(plan.limits)):
-            return
-        size = 0 if facts.counted is not None else facts.size
-        self._estimator.learn(
-            plan.who.public_id, facts.model, size, facts.parts, used.prompt, used.output, facts.answers
-        )
-        if events > 1 and used.output:
-            self._estimator.learn_events(_spoken(facts), used.output / events)
-
     def _expected_slot(self, limit: Limit, bucket: Bucket) -> float:
         """Return the seconds after which one of the slots in use may be expected to come free."""
         at_once = max(1, -bucket.level // UNIT) if limit.counts is _CONCURRENT else 1
@@ -380,8 +384,7 @@ class Limiter:
 
     async def explain(self, plan: Plan) -> list[tuple[Limit, Bucket]]:
         """Return what applies and what is left of it, for people."""
-        draws = tuple(Draw(limit.bucket, limit.shape, 0) for limit in plan.limits)
-        return list(zip(plan.limits, await self.store.look(draws), strict=True))
+        return list(zip(plan.limits, await self.store.look(plan.buckets), strict=True))
 
     @property
     def standing(self) -> Standing:
@@ -399,25 +402,25 @@ def _roomy(limit: Limit, weights: Rates, prices: Rates) -> int:
     return limit.shape.capacity // max(1, rates.input, rates.cached, rates.output, rates.reasoning)
 
 
-def _spoken(facts: Facts) -> str:
-    return f"{facts.model} {facts.route.dialect.name}"
-
-
 def read_facts(
-    plan: Plan,
-    route: Route,
-    model: str,
-    fields: Fields,
-    stated: int | None,
-    body: bytes,
-    media: tuple[int, int],
-    first: bool,
+    route: Route, model: str, fields: Fields, stated: int | None, size: int, media: tuple[int, int], first: bool
 ) -> Facts:
-    """Read off a body what its size can be estimated by, and who it is where a limit might refuse it. ``media``: how
-    many images and the like are in it, and their bytes."""
-    parts, size = media[0], len(body) - media[1]
-    who = zlib.crc32(body, plan.seed) + _NOT_ZERO if plan.limits else 0
-    return Facts(route, model, fields, size, parts, _answers(route, fields), stated, _counted(fields), who, first)
+    """Read off a body what its size can be estimated by. ``media``: how many images and the like are in it, and their
+    bytes."""
+    parts, text = media[0], size - media[1]
+    return Facts(route, model, fields, text, parts, _answers(route, fields), stated, _counted(fields), first)
+
+
+def who_asks(plan: Plan, body: bytes) -> int:
+    """Return what stands for a request and its repetitions: never 0."""
+    return zlib.crc32(body, plan.seed) + _NOT_ZERO
+
+
+def _learn(facts: Facts, plan: Plan, used: Size, events: int) -> None:
+    size = 0 if facts.counted is not None else facts.size
+    plan.learned.learn(size, facts.parts, used.prompt, used.output, facts.answers, limited=bool(plan.limits))
+    if events > 1 and used.output:
+        plan.learned.learn_events(facts.route.dialect.name, used.output / events)
 
 
 def _answers(route: Route, fields: Fields) -> int:

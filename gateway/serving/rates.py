@@ -8,8 +8,8 @@ import msgspec
 
 from gateway.errors import Kind, Refusal
 from gateway.policy.limits import UNIT, Counts, Limit
-from gateway.policy.token_bucket import NEVER, SECOND, Shape, spare, wait
-from gateway.store.protocol import Buckets, Refused, Standing
+from gateway.policy.token_bucket import NEVER, SECOND, spare
+from gateway.store.protocol import Levels, Refused, Standing
 
 Header = tuple[bytes, bytes]
 
@@ -18,6 +18,7 @@ LONGEST_RETRY = 60.0
 _FAMILIES = ((Counts.REQUESTS, b"requests"), (Counts.TOKENS, b"tokens"))
 _HEADERS = (b"limit", b"remaining", b"reset")
 _STORE = Standing.STORE
+_MILLISECONDS = tuple(b"%dms" % number if number else b"0s" for number in range(1000))
 _KINDS = {
     Counts.REQUESTS: Kind.TOO_MANY_REQUESTS,
     Counts.CONCURRENT: Kind.TOO_MANY_REQUESTS,
@@ -46,6 +47,9 @@ class Family(msgspec.Struct, frozen=True):
     """One family of headers: which of the limits they are about, and what of them is always the same."""
 
     which: tuple[int, ...]
+    first: int
+    others: tuple[tuple[int, int], ...]
+    """The first of these, and the others with their positions among them."""
     limits: tuple[Header, ...]
     """Whole headers, one for each of these limits."""
     remaining: bytes
@@ -60,32 +64,30 @@ def families(limits: Sequence[Limit]) -> tuple[Family, ...]:
         if which:
             limit, remaining, reset = (b"x-ratelimit-%b-%b" % (kind, name) for kind in _HEADERS)
             whole = tuple((limit, b"%d" % (limits[at].shape.capacity // UNIT)) for at in which)
-            found.append(Family(which, whole, remaining, reset))
+            found.append(Family(which, which[0], tuple(enumerate(which))[1:], whole, remaining, reset))
     return tuple(found)
 
 
-def rate_headers(
-    about: Sequence[Family],
-    shapes: Sequence[Shape],
-    buckets: Buckets,
-    standing: Standing,
-) -> list[Header]:
+def rate_headers(about: Sequence[Family], levels: Levels, standing: Standing) -> list[Header]:
     """Return `x-ratelimit-…` of the buckets with the least left, as OpenAI has them."""
     headers: list[Header] = []
     for family in about:
-        which = family.which
-        bucket, least = buckets[which[0]], 0
-        for position in range(1, len(which)):
-            other = buckets[which[position]]
-            if other.level < bucket.level:
-                bucket, least = other, position
-        shape = shapes[which[least]]
-        # A wait is a microsecond on the safe side.
-        reset = max(0, wait(shape, bucket, shape.capacity, bucket.at) - 1)
+        least = 0
+        left = levels.left(family.first)
+        for position, at in family.others:
+            other = levels.left(at)
+            if other < left:
+                left, least = other, position
+        milliseconds = -(-levels.until_full(family.which[least]) // 1000)
         headers += (
             family.limits[least],
-            (family.remaining, b"%d" % max(0, bucket.level // UNIT)),
-            (family.reset, go_duration(reset).encode("ascii")),
+            (family.remaining, b"%d" % (left // UNIT if left > 0 else 0)),
+            (
+                family.reset,
+                _MILLISECONDS[milliseconds]
+                if milliseconds < len(_MILLISECONDS)
+                else go_duration(milliseconds * 1000).encode("ascii"),
+            ),
         )
     if standing is not _STORE:
         headers.append((b"x-forebay-limits", standing.value.encode("ascii")))

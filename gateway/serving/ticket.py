@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gateway.metrics import Metrics
-from gateway.serving.limiter import Hold
+from gateway.serving.limiter import NO_CHARGES, Hold
 from gateway.serving.meter import Usage
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Ticket:
         "at",
         "attempts",
         "bytes_in",
+        "charges",
         "client",
         "client_request_id",
         "cost",
@@ -114,7 +115,6 @@ class Ticket:
         "key_id",
         "last_at",
         "let_in_at",
-        "limits",
         "model",
         "organisation",
         "outcome",
@@ -182,8 +182,7 @@ class Ticket:
         self.settlement = ""
         self.cost = 0
         """In nano-dollars."""
-        self.limits: tuple[tuple[str, str, int, int], ...] = ()
-        """Bucket, what it counts, what was reserved of it and what was charged."""
+        self.charges = NO_CHARGES
         self.refused_by = ""
         """The bucket that refused it."""
         self.tried: list[Attempt] = []
@@ -231,7 +230,7 @@ class Ticket:
         # Not kept any longer: it knows the request's body, and tickets stay a while to be explained.
         hold, self.hold = self.hold, None
         if hold is not None:
-            kind, self.cost, self.limits = hold.settle(
+            kind, self.cost, self.charges = hold.settle(
                 self.usage, self.events, whole=outcome is OK, accepted=self.accepted
             )
             self.settlement = kind.value

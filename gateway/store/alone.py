@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from gateway.policy.reservation import Need, Short, take
 from gateway.policy.token_bucket import SECOND, Bucket, Shape
 from gateway.store.holdings import Holdings
-from gateway.store.lease import Lease, Share
-from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
+from gateway.store.lease import Lease, Seen, Share
+from gateway.store.protocol import Draw, Granted, Known, Refused, Standing, Verdict
 
 
 class Shares(dict[str, Share]):
@@ -26,7 +26,7 @@ class Shares(dict[str, Share]):
 
     def decide(self, draws: Sequence[Draw], who: int, now: int, replicas: int, *, first: bool) -> Verdict:
         """Take every draw, or none, without the store."""
-        leases = [self._leases.of(draw, now) for draw in draws]
+        leases = [self._leases.of(draw.bucket, draw.shape, now) for draw in draws]
         if self.policy is Standing.CLOSED:
             return Refused(tuple(lease.seen(now) for lease in leases), 0, SECOND, standing=self.policy)
         shares = [self._of(draw, lease, replicas, now) for draw, lease in zip(draws, leases, strict=True)]
@@ -34,7 +34,7 @@ class Shares(dict[str, Share]):
             for draw, lease, share in zip(draws, leases, shares, strict=True):
                 share.let_in(draw.amount, now)
                 lease.used += draw.amount if draw.shape.slots else 0
-            return Granted(tuple(lease.seen(now) for lease in leases), self.policy)
+            return Granted(Seen(leases, now), self.policy)
         before = [
             Bucket(-lease.used, now) if share.shape.slots else share.bucket
             for lease, share in zip(leases, shares, strict=True)
@@ -48,7 +48,7 @@ class Shares(dict[str, Share]):
         for draw, lease, share, bucket in zip(draws, leases, shares, taken.buckets, strict=True):
             share.spend(draw.amount, bucket)
             lease.used += draw.amount if draw.shape.slots else 0
-        return Granted(taken.buckets, self.policy)
+        return Granted(Known([share.shape for share in shares], taken.buckets), self.policy)
 
     def _of(self, draw: Draw, lease: Lease, replicas: int, now: int) -> Share:
         share = self.get(draw.bucket)

@@ -15,7 +15,7 @@ from itertools import islice
 from gateway.policy.token_bucket import SECOND
 from gateway.store.holdings import Holdings
 from gateway.store.outbox import Outbox
-from gateway.store.protocol import Draw, Granted, Refused, Verdict
+from gateway.store.protocol import Draw, Granted, Known, Refused, Verdict
 from gateway.store.scripts import TAKE, UNDO, Told, need_words
 from gateway.store.session import Session
 
@@ -86,6 +86,11 @@ class Asks:
 
     # --- refusals that are remembered -------------------------------------------------------------------------------
 
+    @property
+    def has_told(self) -> bool:
+        """Whether there is anybody for whom the store may keep something."""
+        return bool(self._told)
+
     def is_promised(self, who: int, *, first: bool) -> bool:
         """Return whether this is somebody for whom the store keeps what they need, until they have taken it there."""
         return not first and who in self._told
@@ -139,7 +144,7 @@ class Asks:
         self._session.call(TAKE, [draw.bucket for draw in ask.draws], words, partial(self._taken, taking))
 
     def _need(self, taking: _Taking, draw: Draw, now: int) -> str:
-        lease = self._leases.of(draw, now)
+        lease = self._leases.of(draw.bucket, draw.shape, now)
         back = more = 0
         if self._leases.leased:
             # What fits goes back as well, so that the store sees the whole request.
@@ -181,11 +186,15 @@ class Asks:
                 self._waiting.pop(waiter, None)
                 continue
             is_promised = self.is_promised(waiter.who, first=waiter.first)
-            granted = None if is_promised else self._leases.take(waiter.draws, now, self._session.alive_until)
+            granted = None if is_promised else self._spend(waiter.draws, now)
             if granted is None:
                 self._submit(waiter)
             else:
                 self._answer(waiter, granted)
+
+    def _spend(self, draws: Sequence[Draw], now: int) -> Granted | None:
+        buckets, amounts = [draw.bucket for draw in draws], [draw.amount for draw in draws]
+        return self._leases.take(buckets, amounts, now, self._session.alive_until)
 
     def _grant(self, ask: Ask, told: Told, now: int) -> None:
         if not ask.first:
@@ -193,7 +202,7 @@ class Asks:
         gone = ask.future.done()
         buckets = []
         for draw, amount, bucket in zip(ask.draws, told.amounts, told.buckets, strict=True):
-            lease = self._leases.of(draw, now)
+            lease = self._leases.of(draw.bucket, draw.shape, now)
             lease.learn(bucket)
             rest = amount if gone else amount - draw.amount
             if draw.shape.slots:
@@ -203,12 +212,12 @@ class Asks:
             elif rest:
                 self._outbox.post(draw.bucket, draw.shape, rest)
             buckets.append(lease.seen(now))
-        self._answer(ask, Granted(tuple(buckets)))
+        self._answer(ask, Granted(Known([draw.shape for draw in ask.draws], buckets)))
 
     def _refuse(self, ask: Ask, told: Told, now: int) -> None:
         buckets = []
         for draw, bucket in zip(ask.draws, told.buckets, strict=True):
-            lease = self._leases.of(draw, now)
+            lease = self._leases.of(draw.bucket, draw.shape, now)
             lease.learn(bucket)
             buckets.append(lease.seen(now))
         refused = Refused(tuple(buckets), told.index, told.wait, told.status == "early")
@@ -252,7 +261,7 @@ class Asks:
             # It was never run, so what it gave back is still ours.
             for draw, back in zip(taking.ask.draws, taking.backs, strict=True):
                 if back:
-                    self._leases.of(draw, self._session.now())
+                    self._leases.of(draw.bucket, draw.shape, self._session.now())
                     self._outbox.post(draw.bucket, draw.shape, back)
 
     def slots_undone(self) -> list[str]:

@@ -253,6 +253,9 @@ local function give(shape, bucket, amount)
     bucket.level = level
   else
     bucket.level = max(min(bucket.level + amount, shape.capacity), -LARGEST)
+    if bucket.level >= shape.capacity then
+      bucket.part = 0
+    end
   end
 end
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice
 
+from gateway.policy.token_bucket import Shape
 from gateway.store.lease import Lease, Seen
-from gateway.store.protocol import Draw, Granted
+from gateway.store.protocol import Granted
 
 _LOOKED_AT = 8
 """Old leases looked at for each new one."""
@@ -29,14 +30,14 @@ class Holdings(dict[str, Lease]):
         self.holding: set[str] = set()
         self._forgone: set[str] = set()
 
-    def of(self, draw: Draw, now: int) -> Lease:
+    def of(self, bucket: str, shape: Shape, now: int) -> Lease:
         """Return the lease of a bucket, at first an empty one."""
-        lease = self.get(draw.bucket)
+        lease = self.get(bucket)
         if lease is None:
             if len(self) >= self._most:
                 self._forget(now)
-            lease = self[draw.bucket] = Lease(draw.shape, now)
-        lease.shape = draw.shape
+            lease = self[bucket] = Lease(shape, now)
+        lease.shape = shape
         return lease
 
     def _forget(self, now: int) -> None:
@@ -48,21 +49,21 @@ class Holdings(dict[str, Lease]):
 
     # --- spent and kept ---------------------------------------------------------------------------------------------
 
-    def take(self, draws: Sequence[Draw], now: int, alive_until: int) -> Granted | None:
+    def take(self, buckets: Sequence[str], amounts: Sequence[int], now: int, alive_until: int) -> Granted | None:
         """Let a request in by what is held, if that is enough."""
         if not self.leased:
             return None
         found = []
-        for draw in draws:
-            lease = self.get(draw.bucket)
-            if lease is None or lease.held < draw.amount:
+        for bucket, amount in zip(buckets, amounts, strict=True):
+            lease = self.get(bucket)
+            if lease is None or lease.held < amount:
                 return None
             # Slots that are held by somebody not heard of are others' by now.
             if lease.shape.slots and now >= alive_until:
                 return None
             found.append(lease)
-        for draw in draws:
-            self[draw.bucket].spend(draw.amount, now)
+        for lease, amount in zip(found, amounts, strict=True):
+            lease.spend(amount, now)
         return Granted(Seen(found, now))
 
     def add(self, bucket: str, amount: int) -> None:

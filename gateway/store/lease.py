@@ -8,11 +8,11 @@ Rule 3: nothing here knows a clock; times are the store's microseconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
-from gateway.policy.token_bucket import SECOND, Bucket, Shape, fresh, refill, spare
+from gateway.policy.token_bucket import SECOND, Bucket, Shape, fresh, refill, spare, until_full
 
 HORIZON = SECOND // 5
 """A replica wants what it used for so long."""
@@ -104,16 +104,20 @@ class Lease:
 
 
 class Seen(msgspec.Struct, frozen=True, gc=False):
-    """Buckets as far as they are known here, each worked out when somebody looks at it, which few are."""
+    """Levels as far as they are known here, each worked out when somebody looks at it, which few are."""
 
     leases: Sequence[Lease]
     now: int
 
-    def __getitem__(self, at: int) -> Bucket:
-        return self.leases[at].seen(self.now)
+    def left(self, at: int) -> int:
+        """Return what could be taken of a bucket, in units; below zero in debt."""
+        lease = self.leases[at]
+        return spare(lease.shape, lease.seen(self.now))
 
-    def __iter__(self) -> Iterator[Bucket]:
-        return (lease.seen(self.now) for lease in self.leases)
+    def until_full(self, at: int) -> int:
+        """Return the microseconds until a bucket is full again."""
+        lease = self.leases[at]
+        return until_full(lease.shape, lease.seen(self.now))
 
 
 class Share:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from gateway.policy.reservation import Short, give, take
-from gateway.policy.token_bucket import Bucket, Shape, fresh, refill
-from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
+from gateway.policy.cells import Cell, cell_of, draw
+from gateway.policy.reservation import Need, Short, take
+from gateway.policy.token_bucket import STEP, Bucket, fresh, refill
+from gateway.store.protocol import Buckets, Granted, Known, Refused, Standing, Verdict
 
 MOST_BUCKETS = 100_000
 """Beyond so many, those that hold what a new one would are forgotten."""
@@ -24,46 +25,46 @@ class MemoryStore:
     def __init__(self, clock: Callable[[], int], most: int = MOST_BUCKETS) -> None:
         self._clock = clock
         self._most = most
-        self._buckets: dict[str, tuple[Shape, Bucket]] = {}
+        self._cells: dict[str, Cell] = {}
+        self._latest = 0
 
     def __len__(self) -> int:
-        return len(self._buckets)
+        return len(self._cells)
 
-    def reserve(self, draws: Sequence[Draw], who: int, *, first: bool = False) -> Verdict:
-        """Take every draw, or none."""
-        now = self._clock()
-        known = self._buckets
-        before = []
-        for draw in draws:
-            found = known.get(draw.bucket)
-            if found is None:
-                self._make_room(now)
-                before.append(fresh(draw.shape, now))
-            else:
-                before.append(found[1])
-        taken = take(draws, before, now, who, first=first)
-        for draw, bucket in zip(draws, taken.buckets, strict=True):
-            known[draw.bucket] = draw.shape, bucket
+    def reserve(
+        self, buckets: Buckets, amounts: Sequence[int], who: Callable[[], int], *, first: bool = False
+    ) -> Verdict:
+        """Take every amount, or none."""
+        now = self._now()
+        shapes = buckets.shapes
+        cells = self._of(buckets)
+        drawn = draw(cells, shapes, amounts, now)
+        if drawn is not None:
+            return Granted(drawn)
+        needs = list(map(Need, shapes, amounts))
+        taken = take(needs, [cell.bucket(now) for cell in cells], now, who(), first=first)
+        for cell, shape, bucket in zip(cells, shapes, taken.buckets, strict=True):
+            cell.put(shape, bucket)
         if isinstance(taken, Short):
             return Refused(taken.buckets, taken.index, taken.wait, taken.early)
-        return Granted(taken.buckets)
+        return Granted(Known(shapes, taken.buckets))
 
-    def settle(self, draws: Sequence[Draw]) -> None:
+    def settle(self, buckets: Buckets, amounts: Sequence[int]) -> None:
         """Give back at once."""
-        now = self._clock()
-        for draw in draws:
-            shape = draw.shape
-            found = self._buckets.get(draw.bucket)
-            if found is None:
-                self._make_room(now)
-            bucket = fresh(shape, now) if found is None else found[1]
-            self._buckets[draw.bucket] = shape, give(shape, bucket, draw.amount, now)
+        for cell, amount in zip(self._of(buckets), amounts, strict=True):
+            if amount > 0 and cell.odd is None:
+                # Cell.give, written out: this is what nearly always comes.
+                cell.full -= amount * cell.per
+            elif amount:
+                cell.give(amount, self._now())
 
-    async def look(self, draws: Sequence[Draw]) -> tuple[Bucket, ...]:
+    async def look(self, buckets: Buckets) -> tuple[Bucket, ...]:
         """Return what the buckets hold now."""
-        now = self._clock()
-        found = ((draw.shape, self._buckets.get(draw.bucket)) for draw in draws)
-        return tuple(fresh(shape, now) if kept is None else refill(shape, kept[1], now) for shape, kept in found)
+        now = self._now()
+        found = zip(buckets.shapes, map(self._cells.get, buckets.names), strict=True)
+        return tuple(
+            fresh(shape, now) if cell is None else refill(shape, cell.bucket(now), now) for shape, cell in found
+        )
 
     async def start(self) -> None:
         """Nothing has to be reached."""
@@ -71,14 +72,44 @@ class MemoryStore:
     async def stop(self) -> None:
         """Nothing outlives the process."""
 
+    def _now(self) -> int:
+        """Return the time, which stands still while a clock that was set back a little catches up."""
+        now, latest = self._clock(), self._latest
+        if now < latest:
+            if latest - now <= STEP:
+                return latest
+            for cell in self._cells.values():
+                cell.put(cell.shape, refill(cell.shape, cell.bucket(latest), now))
+        self._latest = now
+        return now
+
+    def _of(self, buckets: Buckets) -> list[Cell]:
+        try:
+            return list(map(self._cells.__getitem__, buckets.names))
+        except KeyError:
+            return self._made(buckets, self._now())
+
+    def _made(self, buckets: Buckets, now: int) -> list[Cell]:
+        cells = []
+        for name, shape in zip(buckets.names, buckets.shapes, strict=True):
+            cell = self._cells.get(name)
+            if cell is None:
+                self._make_room(now)
+                cell = self._cells[name] = cell_of(shape, fresh(shape, now))
+            cells.append(cell)
+        # Room may have been made of the first for the last.
+        self._cells.update(zip(buckets.names, cells, strict=True))
+        return cells
+
     def _make_room(self, now: int) -> None:
         """Forget what a new bucket would be like; past twice the bound the oldest, whatever they hold."""
-        known = self._buckets
+        known = self._cells
         if len(known) < self._most:
             return
         for name in list(islice(known, _LOOKED_AT)):
-            shape, bucket = known.pop(name)
-            there = refill(shape, bucket, now)
+            cell = known.pop(name)
+            shape = cell.shape
+            there = refill(shape, cell.bucket(now), now)
             is_new = there.level == (0 if shape.slots else shape.capacity) and not there.promises
             if not is_new and (shape.slots or len(known) < 2 * self._most):
-                known[name] = (shape, there)
+                known[name] = cell

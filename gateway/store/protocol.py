@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import msgspec
 
-from gateway.policy.token_bucket import Bucket, Shape
+from gateway.policy.token_bucket import Bucket, Shape, spare, until_full
 
 
 class Standing(enum.StrEnum):
@@ -50,18 +50,50 @@ class Draw(msgspec.Struct, frozen=True, gc=False):
     amount: int
 
 
-class Buckets(Protocol):
-    """Buckets in the order of the draws; each may be worked out when it is looked at."""
+class Buckets(msgspec.Struct, frozen=True):
+    """Which buckets something is drawn from, by name, and what each of them is: made once for all requests that fall
+    under the same limits."""
 
-    def __getitem__(self, at: int, /) -> Bucket: ...
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
 
-    def __iter__(self) -> Iterator[Bucket]: ...
+    def draws(self, amounts: Sequence[int]) -> tuple[Draw, ...]:
+        """Return what is drawn from each."""
+        return tuple(map(Draw, self.names, self.shapes, amounts))
+
+
+class Levels(Protocol):
+    """What is left in buckets, by their position; each may be worked out when it is looked at."""
+
+    def left(self, at: int, /) -> int:
+        """Return what could be taken of it, in units; below zero in debt."""
+        ...
+
+    def until_full(self, at: int, /) -> int:
+        """Return the microseconds until a bucket is full again, of one that refills."""
+        ...
+
+
+class Known(msgspec.Struct, frozen=True, gc=False):
+    """Levels of buckets as they are."""
+
+    shapes: Sequence[Shape]
+    buckets: Sequence[Bucket]
+
+    def left(self, at: int) -> int:
+        """Return what could be taken of it, in units; below zero in debt."""
+        return spare(self.shapes[at], self.buckets[at])
+
+    def until_full(self, at: int) -> int:
+        """Return the microseconds until a bucket is full again."""
+        return until_full(self.shapes[at], self.buckets[at])
 
 
 class Granted(msgspec.Struct, frozen=True, gc=False):
-    """The reservation holds. ``buckets`` are what is known of them afterwards, then or whenever they are looked at."""
+    """The reservation holds. ``levels`` are what is known of the buckets afterwards, then or whenever they are looked
+    at."""
 
-    buckets: Buckets
+    levels: Levels
     standing: Standing = Standing.STORE
 
 
@@ -92,18 +124,21 @@ class Store(Protocol):
         """What keeps it from what is behind it, as far as it knows; never a password."""
         ...
 
-    def reserve(self, draws: Sequence[Draw], who: int, *, first: bool = False) -> Verdict | asyncio.Future[Verdict]:
-        """Take every draw, or none. ``who`` (not 0) stands for the request and its repetitions: a refused one is
-        promised its time. ``first`` says that this is no repetition, though it may look like one. A future that is
-        cancelled gives back what it would have been granted."""
+    def reserve(
+        self, buckets: Buckets, amounts: Sequence[int], who: Callable[[], int], *, first: bool = False
+    ) -> Verdict | asyncio.Future[Verdict]:
+        """Take an amount from every bucket, or nothing. ``who`` tells, where somebody may have to wait, what stands for
+        the request and its repetitions (0: nothing does): a refused one is promised its time. ``first`` says that this
+        is no repetition, though it may look like one. A future that is cancelled gives back what it would have been
+        granted."""
         ...
 
-    def settle(self, draws: Sequence[Draw]) -> None:
+    def settle(self, buckets: Buckets, amounts: Sequence[int]) -> None:
         """Give back what was reserved and not used; below zero: more was used, a debt."""
         ...
 
-    async def look(self, draws: Sequence[Draw]) -> tuple[Bucket, ...]:
-        """Return what the buckets hold, for people; the amounts do not matter."""
+    async def look(self, buckets: Buckets) -> tuple[Bucket, ...]:
+        """Return what the buckets hold now, for people."""
         ...
 
     async def start(self) -> None:

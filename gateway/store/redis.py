@@ -16,14 +16,15 @@ import enum
 import random
 from collections.abc import Callable, Sequence
 
-from gateway.policy.token_bucket import SECOND, Bucket
+from gateway.policy.token_bucket import SECOND, Bucket, Shape
 from gateway.redis_url import read_url
 from gateway.store.alone import Shares
 from gateway.store.asking import Ask, Asks
 from gateway.store.holdings import Holdings
+from gateway.store.lease import Lease
 from gateway.store.link import Link
 from gateway.store.outbox import Outbox
-from gateway.store.protocol import Draw, Standing, Turn, Verdict
+from gateway.store.protocol import Buckets, Standing, Turn, Verdict
 from gateway.store.scripts import BEAT, LOOK, Told, need_words
 from gateway.store.session import Session
 from gateway.store.timing import Overdue, Timer
@@ -104,55 +105,65 @@ class RedisStore:
 
     # --- for the serving side ---------------------------------------------------------------------------------------
 
-    def reserve(self, draws: Sequence[Draw], who: int, *, first: bool = False) -> Verdict | asyncio.Future[Verdict]:
-        """Take every draw, or none: at once out of what is leased, else by the store's word."""
-        session = self._session
+    def reserve(
+        self, buckets: Buckets, amounts: Sequence[int], who: Callable[[], int], *, first: bool = False
+    ) -> Verdict | asyncio.Future[Verdict]:
+        """Take every amount, or none: at once out of what is leased, else by the store's word."""
+        session, asks = self._session, self._asks
         now = session.now()
-        is_promised = self._asks.is_promised(who, first=first)
-        granted = self._leases.take(draws, now, session.alive_until) if self._lost or not is_promised else None
-        if granted is not None:
-            return granted
+        is_promised = asks.has_told and asks.is_promised(who(), first=first)
+        if self._lost or not is_promised:
+            granted = self._leases.take(buckets.names, amounts, now, session.alive_until)
+            if granted is not None:
+                return granted
+        draws = buckets.draws(amounts)
         if self._lost:
-            return self._shares.decide(draws, who, now, session.live, first=first)
-        early = self._asks.too_early(draws, who, now) if is_promised else None
+            return self._shares.decide(draws, who(), now, session.live, first=first)
+        early = asks.too_early(draws, who(), now) if is_promised else None
         if early is not None:
             return early
         self._overdue.watch()
-        return self._asks.ask(Ask(draws, who, first=first))
+        return asks.ask(Ask(draws, who(), first=first))
 
-    def settle(self, draws: Sequence[Draw]) -> None:
+    def settle(self, buckets: Buckets, amounts: Sequence[int]) -> None:
         """Note what comes back, or is owed; part of it may be spent here again."""
         now = self._session.now()
-        for draw in draws:
-            lease = self._leases.of(draw, now)
-            amount = draw.amount
-            if draw.shape.slots:
-                lease.used = max(0, lease.used - amount)
-            else:
-                amount = self._shares.back(draw.bucket, amount, now)
-            rest = self._leases.keep(draw.bucket, amount, now, self._session.live)
-            if rest:
-                self._outbox.post(draw.bucket, draw.shape, rest)
+        for name, shape, amount in zip(buckets.names, buckets.shapes, amounts, strict=True):
+            if amount:
+                self._settle(name, shape, amount, now)
 
-    async def look(self, draws: Sequence[Draw]) -> tuple[Bucket, ...]:
+    def _settle(self, name: str, shape: Shape, amount: int, now: int) -> None:
+        lease = self._leases.of(name, shape, now)
+        if shape.slots:
+            lease.used = max(0, lease.used - amount)
+        else:
+            amount = self._shares.back(name, amount, now)
+        rest = self._leases.keep(name, amount, now, self._session.live)
+        if rest:
+            self._outbox.post(name, shape, rest)
+
+    async def look(self, buckets: Buckets) -> tuple[Bucket, ...]:
         """Return what the buckets hold, by the store's word where it gives it in time."""
         now = self._session.now()
         if self._serving:
             answer: asyncio.Future[Told | None] = asyncio.get_running_loop().create_future()
-            needs = [need_words(draw.shape) for draw in draws]
+            needs = [need_words(shape) for shape in buckets.shapes]
             self._overdue.watch()
             self._session.call(
                 LOOK,
-                [draw.bucket for draw in draws],
+                buckets.names,
                 ("", *needs),
                 lambda told: None if answer.done() else answer.set_result(told),
             )
             told = await answer
             if told is not None:
                 self._session.note(told)
-                leases = [self._leases.of(draw, now) for draw in draws]
+                leases = self._leases_of(buckets, now)
                 return tuple(lease.beside(bucket) for lease, bucket in zip(leases, told.buckets, strict=True))
-        return tuple(self._leases.of(draw, now).seen(now) for draw in draws)
+        return tuple(lease.seen(now) for lease in self._leases_of(buckets, now))
+
+    def _leases_of(self, buckets: Buckets, now: int) -> list[Lease]:
+        return [self._leases.of(name, shape, now) for name, shape in zip(buckets.names, buckets.shapes, strict=True)]
 
     async def start(self) -> None:
         """Begin; a store that does not answer for a while is lost until it does."""

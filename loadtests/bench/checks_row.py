@@ -17,7 +17,7 @@ import uvloop
 
 from gateway.policy.token_bucket import Shape, rate_shape
 from gateway.store.memory import MemoryStore
-from gateway.store.protocol import Draw, Granted, Store
+from gateway.store.protocol import Buckets, Granted, Store
 from gateway.store.redis import Mode, RedisStore
 from loadtests.bench.native import BenchError
 from loadtests.bench.processes import core_busy, cost_of
@@ -46,21 +46,15 @@ CASES = [
 ]
 
 
-def _draws(buckets: int) -> tuple[tuple[Draw, ...], tuple[Draw, ...]]:
-    """What is reserved and what comes back: a limit on requests; with five, two on requests, two on tokens, one on
-    requests at once."""
+def _check(buckets: int) -> tuple[Buckets, list[int], list[int]]:
+    """What is drawn from, what is reserved and what comes back: a limit on requests; with five, two on requests, two on
+    tokens, one on requests at once."""
     if buckets == 1:
-        return (Draw("key:requests", _PLENTY, 1000),), ()
+        return Buckets(("key:requests",), (_PLENTY,)), [1000], []
+    names = ("key:requests", "key:tokens", "key:concurrent", "tenant:requests", "tenant:tokens")
     slots = Shape(100_000_000, slots=True)
-    taken = (
-        Draw("key:requests", _PLENTY, 1000),
-        Draw("key:tokens", _PLENTY, 300_000),
-        Draw("key:concurrent", slots, 1000),
-        Draw("tenant:requests", _PLENTY, 1000),
-        Draw("tenant:tokens", _PLENTY, 300_000),
-    )
-    back = (Draw("key:tokens", _PLENTY, 40_000), taken[2], Draw("tenant:tokens", _PLENTY, 40_000))
-    return taken, back
+    five = Buckets(names, (_PLENTY, _PLENTY, slots, _PLENTY, _PLENTY))
+    return five, [1000, 300_000, 1000, 1000, 300_000], [0, 40_000, 1000, 0, 40_000]
 
 
 def microseconds() -> int:
@@ -85,20 +79,20 @@ async def _measure(case: Case, server: Server, seconds: float, run: int, core: i
     if case.subject != "memory":
         store = RedisStore(url=server.url, replica_id="bench", clock=microseconds, mode=Mode(case.subject), timeout=5.0)
     await store.start()
-    taken, back = _draws(case.buckets)
+    drawn, taken, back = _check(case.buckets)
     numbers = count(1)
 
     async def checks(until: float) -> int:
         done = 0
         while not done or time.monotonic() < until:
             for _ in range(_TURN):
-                verdict = store.reserve(taken, next(numbers))
+                verdict = store.reserve(drawn, taken, numbers.__next__)
                 if isinstance(verdict, asyncio.Future):
                     verdict = await verdict
                 if not isinstance(verdict, Granted):
                     raise BenchError("a check was refused")
                 if back:
-                    store.settle(back)
+                    store.settle(drawn, back)
                 done += 1
             await asyncio.sleep(0)
         return done

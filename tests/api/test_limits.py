@@ -53,13 +53,13 @@ def told(response: Response, name: str) -> str:
 def level(gateway: Gateway, bucket: str) -> int:
     store = gateway.replica.edge.limiter.store
     assert isinstance(store, MemoryStore)
-    return store._buckets[bucket][1].level
+    return store._cells[bucket].bucket(store._latest).level
 
 
 def held(gateway: Gateway, bucket: str) -> int:
     store = gateway.replica.edge.limiter.store
     assert isinstance(store, MemoryStore)
-    return -store._buckets[bucket][1].level if bucket in store._buckets else 0
+    return -store._cells[bucket].bucket(0).level if bucket in store._cells else 0
 
 
 async def test_rate_headers_are_on_answers_streams_and_refusals(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.policy.estimate import ENOUGH, HALVED_AT, QUANTILE, TEMPLATE, WELL_KNOWN, Estimator, empty
+from gateway.policy.estimate import ENOUGH, HALVED_AT, QUANTILE, TEMPLATE, WELL_KNOWN, Estimator, Learned, empty
 
 
 @given(st.lists(st.integers(1, 100_000), min_size=ENOUGH, max_size=HALVED_AT - 1))
@@ -21,87 +21,131 @@ def test_nine_in_ten_are_no_larger_than_the_estimate(seen: list[int]) -> None:
     assert told <= 2 * exact
 
 
+def learned(learner: Learned, times: int, size: int, parts: int, prompt: int, output: int, answers: int = 1) -> None:
+    for _ in range(times):
+        learner.learn(size, parts, prompt, output, answers, limited=True)
+
+
 def test_what_never_changes_is_estimated_exactly() -> None:
-    learned = Estimator()
-    for _ in range(1000):
-        learned.learn("k", "m", 1000, 0, TEMPLATE + 300, 42, 1)
-    assert (learned.output("k", "m", None, 1024), learned.prompt("m", 1000)) == (42, TEMPLATE + 300)
+    one = Estimator().of("k", "m")
+    learned(one, 1000, 1000, 0, TEMPLATE + 300, 42)
+    assert (one.output(None, 1024), one.prompt(1000)) == (42, TEMPLATE + 300)
 
 
 def test_never_more_than_stated_and_what_is_stated_until_something_is_learned() -> None:
-    learned = Estimator()
-    assert learned.output("k", "m", None, 1024) == 1024
-    assert learned.output("k", "m", 5, 1024) == 5
-    for _ in range(ENOUGH):
-        learned.learn("k", "m", 100, 0, 90, 500, 1)
-    assert [learned.output("k", "m", stated, 1024) for stated in (None, 5, 9000)] == [500, 5, 500]
+    one = Estimator().of("k", "m")
+    assert one.output(None, 1024) == 1024
+    assert one.output(5, 1024) == 5
+    learned(one, ENOUGH, 100, 0, 90, 500)
+    assert [one.output(stated, 1024) for stated in (None, 5, 9000)] == [500, 5, 500]
 
 
 def test_a_new_key_has_what_others_used_of_the_model() -> None:
-    learned = Estimator()
-    for _ in range(ENOUGH):
-        learned.learn("k", "m", 100, 0, 90, 50, 1)
-    assert learned.output("other", "m", None, 1024) == 50
-    assert learned.output("other", "another", None, 1024) == 1024
+    estimator = Estimator()
+    learned(estimator.of("k", "m"), ENOUGH, 100, 0, 90, 50)
+    assert estimator.of("other", "m").output(None, 1024) == 50
+    assert estimator.of("other", "another").output(None, 1024) == 1024
+
+
+def test_who_has_no_key_has_what_everybody_used() -> None:
+    estimator = Estimator()
+    learned(estimator.of("", "m"), ENOUGH, 100, 0, 90, 50)
+    assert estimator.of("", "m").output(None, 1024) == 50
+    assert estimator.of("k", "m").output(None, 1024) == 50
+
+
+def test_what_is_learned_of_a_key_is_there_for_whoever_asks_again() -> None:
+    estimator = Estimator()
+    learned(estimator.of("k", "m"), ENOUGH, 100, 0, 90, 50)
+    learned(estimator.of("other", "m"), 4 * ENOUGH, 100, 0, 90, 700)
+    assert estimator.of("k", "m").output(None, 1024) == 50
 
 
 def test_several_answers_are_learned_as_one_each() -> None:
-    learned = Estimator()
-    for _ in range(ENOUGH):
-        learned.learn("k", "m", 100, 0, 90, 80, 4)
-    assert learned.output("k", "m", None, 1024) == 20
+    one = Estimator().of("k", "m")
+    learned(one, ENOUGH, 100, 0, 90, 80, answers=4)
+    assert one.output(None, 1024) == 20
 
 
 def test_images_have_a_cost_of_their_own() -> None:
-    learned = Estimator()
-    for _ in range(ENOUGH):
-        learned.learn("k", "m", 1000, 0, TEMPLATE + 250, 1, 1)
-    for _ in range(ENOUGH):
-        learned.learn("k", "m", 1000, 2, 250 + 2 * 576 + TEMPLATE, 1, 1)
-    assert learned.prompt("m", 1000, 2) == 250 + 2 * 576 + TEMPLATE
+    one = Estimator().of("k", "m")
+    learned(one, ENOUGH, 1000, 0, TEMPLATE + 250, 1)
+    learned(one, ENOUGH, 1000, 2, 250 + 2 * 576 + TEMPLATE, 1)
+    assert one.prompt(1000, 2) == 250 + 2 * 576 + TEMPLATE
 
 
 def test_what_is_old_counts_for_less() -> None:
-    learned = Estimator()
-    for _ in range(200):
-        learned.learn("k", "m", 0, 0, 0, 5000, 1)
-    for _ in range(5 * HALVED_AT):
-        learned.learn("k", "m", 0, 0, 0, 10, 1)
-    assert learned.output("k", "m", None, 1024) == 10
+    one = Estimator().of("k", "m")
+    learned(one, 200, 0, 0, 0, 5000)
+    learned(one, 5 * HALVED_AT, 0, 0, 0, 10)
+    assert one.output(None, 1024) == 10
 
 
 def test_what_a_template_adds_is_learned_with_the_size_of_the_body() -> None:
-    learned = Estimator()
+    one = Estimator().of("k", "m")
     for size, tokens in ((100, 210), (8000, 2200)):
-        for _ in range(ENOUGH):
-            learned.learn("k", "m", size, 0, tokens, 1, 1)
-    assert [learned.prompt("m", size) for size in (100, 8000)] == [210, 2200]
-    assert learned.prompt("m", 1000) == TEMPLATE + 350
+        learned(one, ENOUGH, size, 0, tokens, 1)
+    assert [one.prompt(size) for size in (100, 8000)] == [210, 2200]
+    assert one.prompt(1000) == TEMPLATE + 350
+
+
+def test_a_body_of_any_size_is_estimated() -> None:
+    one = Estimator().of("k", "m")
+    learned(one, ENOUGH, 2**60, 0, 2**60, 1)
+    assert one.prompt(2**60) == 2**60
+    assert one.prompt(0) == TEMPLATE
 
 
 def test_events_stand_for_what_they_stood_for() -> None:
-    learned = Estimator()
-    assert learned.per_event("m openai") == 1.0
+    one = Estimator().of("k", "m")
+    assert one.per_event("openai") == 1.0
     for _ in range(ENOUGH):
-        learned.learn_events("m openai", 3.0)
-    assert learned.per_event("m openai") == 3.0
+        one.learn_events("openai", 3.0)
+    assert one.per_event("openai") == 3.0
+    assert one.per_event("anthropic") == 1.0
+
+
+def passed(one: Learned, requests: int, *, limited: bool) -> int:
+    """Of so many requests, those that were not learned from."""
+    count = 0
+    for _ in range(requests):
+        if one.passes:
+            count += 1
+        else:
+            one.learn(0, 0, 0, 10, 1, limited=limited)
+    return count
 
 
 def test_of_what_is_well_known_one_in_four_is_enough() -> None:
-    learned = Estimator()
-    assert not any(learned.passes("k", "m", limited=True) for _ in range(10))
-    for _ in range(WELL_KNOWN):
-        learned.learn("k", "m", 0, 0, 0, 10, 1)
-    passed = [learned.passes("k", "m", limited=True) for _ in range(4000)]
-    assert 2800 < sum(passed) < 3200
-    assert not learned.passes("other", "m", limited=True)
+    estimator = Estimator()
+    one = estimator.of("k", "m")
+    assert passed(one, WELL_KNOWN - 1, limited=True) == 0
+    assert 2800 < passed(one, 4000, limited=True) < 3200
+    assert passed(estimator.of("other", "m"), 10, limited=True) == 0
     # Nobody waits for an estimate of what nothing limits.
-    passed = [learned.passes("other", "m", limited=False) for _ in range(16_000)]
-    assert 900 < passed.count(False) < 1100
+    assert 14_700 < passed(estimator.of("free", "m"), 16_000, limited=False) < 15_300
+
+
+def test_of_many_keys_that_are_new_their_model_is_told_one_in_four() -> None:
+    estimator = Estimator()
+    for number in range(4000):
+        estimator.of(f"k{number}", "m").learn(100, 0, 90, 10, 1, limited=True)
+    everybody = estimator.of("", "m")._everybody
+    # Older ones count half from time to time, so what was added is counted, not what is held.
+    assert everybody.answers.total <= HALVED_AT
+    added = 0
+    for number in range(4000):
+        before = everybody.answers.total
+        estimator.of(f"n{number}", "m").learn(100, 0, 90, 10, 1, limited=True)
+        added += everybody.answers.total != before
+    assert 800 < added < 1200
 
 
 def test_subjects_are_bounded_and_the_longest_unused_goes() -> None:
-    learned = Estimator(most=10)
+    estimator = Estimator(most=10)
+    kept = estimator.of("kept", "m")
     for number in range(100):
-        learned.learn(f"k{number}", "m", 0, 0, 0, 10, 1)
-    assert len(learned) == 10
+        estimator.of(f"k{number}", f"m{number}")
+        assert estimator.of("kept", "m") is kept
+    assert len(estimator) == 20
+    assert estimator.of("k0", "m0") is not estimator.of("k0", "m1")

@@ -12,6 +12,7 @@ from gateway.policy.token_bucket import SECOND, Shape, rate_shape
 from gateway.store.memory import MemoryStore
 from gateway.store.protocol import Draw, Granted, Refused, Standing, Store, Verdict
 from gateway.store.redis import Mode, RedisStore
+from tests.store.drawing import back, look, take
 from tests.store.servers import Server
 
 NOW = 1_790_000_000 * SECOND
@@ -52,14 +53,14 @@ async def store(request: pytest.FixtureRequest, clock: Clock, shared_server: Ser
 
 
 async def reserve(store: Store, draws: Sequence[Draw], who: int, *, first: bool = False) -> Verdict:
-    verdict = store.reserve(draws, who, first=first)
+    verdict = take(store, draws, who, first=first)
     return verdict if isinstance(verdict, Granted | Refused) else await verdict
 
 
 async def levels(store: Store, draws: Sequence[Draw], expected: list[int]) -> None:
     """Wait until what was given back has arrived, and all is as expected."""
     for _ in range(400):
-        found = [bucket.level for bucket in await store.look(draws)]
+        found = [bucket.level for bucket in await look(store, draws)]
         if found == expected:
             return
         await asyncio.sleep(0.005)
@@ -70,7 +71,8 @@ async def test_all_or_none_and_what_is_left_is_told(store: Store) -> None:
     both = (Draw("a", MINUTE, 40_000), Draw("b", SLOTS, 1000))
     granted = await reserve(store, both, 1)
     assert isinstance(granted, Granted)
-    assert [bucket.level for bucket in granted.buckets] == [20_000, -1000]
+    assert [granted.levels.left(at) for at in (0, 1)] == [20_000, 1000]
+    assert granted.levels.until_full(0) == 40 * SECOND
     refused = await reserve(store, both, 2)
     assert isinstance(refused, Refused)
     assert (refused.index, refused.wait, refused.early) == (0, 20 * SECOND + 1, False)
@@ -125,9 +127,9 @@ async def test_a_promise_is_of_what_was_asked_for(store: Store) -> None:
 async def test_what_is_settled_comes_back_and_a_debt_is_taken(store: Store) -> None:
     draws = (Draw("a", MINUTE, 40_000), Draw("b", SLOTS, 1000))
     assert isinstance(await reserve(store, draws, 1), Granted)
-    store.settle([Draw("a", MINUTE, 30_000), Draw("b", SLOTS, 1000)])
+    back(store, [Draw("a", MINUTE, 30_000), Draw("b", SLOTS, 1000)])
     await levels(store, draws, [50_000, 0])
-    store.settle([Draw("a", MINUTE, -100_000)])
+    back(store, [Draw("a", MINUTE, -100_000)])
     await levels(store, draws, [-50_000, 0])
 
 
@@ -137,7 +139,7 @@ async def test_slots_come_back_only_by_being_given_back(store: Store, clock: Clo
         assert isinstance(await reserve(store, slot, who), Granted)
     clock.now += 3600 * SECOND
     assert isinstance(await reserve(store, slot, 3), Refused)
-    store.settle(slot)
+    back(store, slot)
     await levels(store, slot, [-1000])
     assert isinstance(await reserve(store, slot, 3), Granted)
 
@@ -147,10 +149,10 @@ async def test_who_asks_in_turn_is_never_in_its_own_way(store: Store) -> None:
     slot, all_of_it = (Draw("s", SLOTS, 2000),), Draw("m", MINUTE, 60_000)
     for who in range(1, 20):
         assert isinstance(await reserve(store, slot, who), Granted)
-        store.settle(slot)
+        back(store, slot)
     assert isinstance(await reserve(store, [all_of_it], 20), Granted)
-    store.settle([all_of_it])
-    store.settle([Draw("m", MINUTE, -1000)])
+    back(store, [all_of_it])
+    back(store, [Draw("m", MINUTE, -1000)])
     refused = await reserve(store, [all_of_it], 21)
     assert isinstance(refused, Refused)
     assert (refused.wait, refused.buckets[0].level) == (SECOND + 1, 59_000)
@@ -158,11 +160,11 @@ async def test_who_asks_in_turn_is_never_in_its_own_way(store: Store) -> None:
 
 async def test_who_left_while_waiting_gives_back_what_it_is_granted(store: Store) -> None:
     draws = (Draw("a", MINUTE, 10_000), Draw("b", SLOTS, 1000))
-    verdicts = [store.reserve(draws, who) for who in (1, 2)]
+    verdicts = [take(store, draws, who) for who in (1, 2)]
     for verdict in verdicts:
         if isinstance(verdict, asyncio.Future):
             assert verdict.cancel()
         else:
             assert isinstance(verdict, Granted)
-            store.settle(draws)
+            back(store, draws)
     await levels(store, draws, [60_000, 0])

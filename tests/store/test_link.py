@@ -15,6 +15,7 @@ from gateway.policy.token_bucket import Shape, rate_shape
 from gateway.redis_url import read_url
 from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
 from gateway.store.redis import Mode, RedisStore
+from tests.store.drawing import look, take
 from tests.store.servers import Deaf, Odd, Server, until
 from tests.support.tls import AUTHORITY
 
@@ -28,7 +29,7 @@ def a_store(url: str, timeout: float = 2.0, ca: str | None = None) -> RedisStore
 
 
 async def reserve(store: RedisStore, draws: Sequence[Draw] = DRAWS) -> Verdict:
-    verdict = store.reserve(draws, 1)
+    verdict = take(store, draws, 1)
     return verdict if isinstance(verdict, Granted | Refused) else await verdict
 
 
@@ -121,7 +122,7 @@ async def test_scripts_the_server_forgot_are_sent_again(own_server: Server) -> N
         verdicts = await asyncio.gather(*(reserve(store) for _ in range(5)))
         assert all(isinstance(verdict, Granted) for verdict in verdicts)
         assert plain.info("stats")["total_connections_received"] == accepted
-    (bucket,) = await store.look(DRAWS)
+    (bucket,) = await look(store, DRAWS)
     assert 595_000 <= bucket.level < 596_000
     await store.stop()
 
@@ -313,7 +314,7 @@ async def test_any_name_is_a_name_of_its_own(shared_server: Server, unhandled: l
     for at, verdict in enumerate(verdicts):
         assert isinstance(verdict, Granted)
         assert verdict.standing is Standing.STORE
-        assert verdict.buckets[0].level == 10**6 - at - 1, names[at][:9]
+        assert verdict.levels.left(0) == 10**6 - at - 1, names[at][:9]
     with shared_server.client() as plain:
         kept = plain.keys("{forebay}:b:odd:*")
     assert isinstance(kept, list)

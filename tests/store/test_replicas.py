@@ -14,6 +14,7 @@ import pytest
 from gateway.policy.token_bucket import SECOND, Shape, rate_shape
 from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
 from gateway.store.redis import LIFETIME, Mode, RedisStore
+from tests.store.drawing import back, look, take
 from tests.store.servers import Deaf, Server, until
 
 names = itertools.count()
@@ -57,7 +58,7 @@ async def fleet(server: Server, count: int, **options: object) -> AsyncIterator[
 
 
 async def reserve(store: RedisStore, draws: Sequence[Draw], who: int, *, first: bool = False) -> Verdict:
-    verdict = store.reserve(draws, who, first=first)
+    verdict = take(store, draws, who, first=first)
     return verdict if isinstance(verdict, Granted | Refused) else await verdict
 
 
@@ -68,7 +69,7 @@ async def level(
     namespace = namespace_of._session.prefix[1:].partition("}")[0]
     observer = a_store(server, namespace, server_clock=clock)
     await observer.start()
-    (found,) = await observer.look([Draw(bucket, shape, 0)])
+    (found,) = await look(observer, [Draw(bucket, shape, 0)])
     await observer.stop()
     return found.level
 
@@ -153,7 +154,7 @@ async def busy(store: RedisStore, tally: list[int], until_: float, chance: rando
     slot = Draw("s", SLOTS, 1000)
     while time.monotonic() < until_:
         amount = chance.randint(1, 500) * 10
-        verdict = store.reserve((Draw("a", BUDGET, amount), slot), chance.getrandbits(40) + 1)
+        verdict = take(store, (Draw("a", BUDGET, amount), slot), chance.getrandbits(40) + 1)
         if isinstance(verdict, asyncio.Future):
             if chance.random() < 0.2:
                 await asyncio.sleep(0)
@@ -163,9 +164,9 @@ async def busy(store: RedisStore, tally: list[int], until_: float, chance: rando
         await asyncio.sleep(0.001)
         if isinstance(verdict, Granted):
             tally[0] += amount
-            back = amount // 2
-            tally[0] -= back
-            store.settle([Draw("a", BUDGET, back), slot])
+            unused = amount // 2
+            tally[0] -= unused
+            back(store, [Draw("a", BUDGET, unused), slot])
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -199,9 +200,9 @@ async def test_what_was_done_and_not_answered_is_not_done_twice(own_server: Serv
         assert isinstance(await reserve(store, draws, 1), Granted)
         way.deaf = True
         before = _calls(own_server)
-        verdict = store.reserve(draws, 2)
+        verdict = take(store, draws, 2)
         assert isinstance(verdict, asyncio.Future)
-        store.settle([Draw("a", BUDGET, 300), slot])
+        back(store, [Draw("a", BUDGET, 300), slot])
         await until(lambda: _calls(own_server) == before + 2, "the call and the batch")
         way.cut()
         granted = await verdict
@@ -210,7 +211,7 @@ async def test_what_was_done_and_not_answered_is_not_done_twice(own_server: Serv
         await until(lambda: not store._outbox.batch and not store._outbox and not store._leases.holding)
         assert await level(own_server, store, BUDGET) == BUDGET.capacity - 1700
         assert await level(own_server, store, SLOTS, "s") == -1000
-        store.settle([slot])
+        back(store, [slot])
         await store.stop()
         assert await level(own_server, store, SLOTS, "s") == 0
 
@@ -227,8 +228,8 @@ async def test_a_frozen_server_holds_nobody_up_and_nothing_is_charged_twice(own_
             assert time.monotonic() - began < 0.3
             assert [verdict.standing for verdict in verdicts] == [Standing.DEGRADED] * 2
             assert all(isinstance(verdict, Granted) for verdict in verdicts)
-            assert isinstance(stores[0].reserve(draws, 3), Granted), "then at once"
-            stores[0].settle(draws)
+            assert isinstance(take(stores[0], draws, 3), Granted), "then at once"
+            back(stores[0], draws)
         finally:
             own_server.thaw()
         await until(lambda: all(store.standing is Standing.STORE for store in stores))
@@ -245,18 +246,18 @@ async def test_each_replica_gives_out_its_part_while_the_server_is_gone(own_serv
             await reserve(store, (Draw("a", shape, 0), slot), 0)
         own_server.kill()
         await until(lambda: all(store.standing is Standing.DEGRADED for store in stores))
-        granted = [sum(isinstance(store.reserve(draws, 0), Granted) for _ in range(50)) for store in stores]
+        granted = [sum(isinstance(take(store, draws, 0), Granted) for _ in range(50)) for store in stores]
         assert granted == [20, 20]
         own_server.start()
         await until(lambda: all(store.standing is Standing.STORE for store in stores))
         for store in stores:
             await until(lambda store=store: not store._outbox.batch and not store._outbox)
-        (bucket,) = await stores[0].look(draws)
+        (bucket,) = await look(stores[0], draws)
         assert -40_000 <= bucket.level <= -39_800
-        (slots,) = await stores[0].look([slot])
+        (slots,) = await look(stores[0], [slot])
         assert slots.level == -2000, "what is in use was said again"
         for store in stores:
-            store.settle([slot])
+            back(store, [slot])
 
 
 async def test_an_emptied_server_gives_no_second_burst(own_server: Server) -> None:
@@ -270,16 +271,16 @@ async def test_an_emptied_server_gives_no_second_burst(own_server: Server) -> No
         refused = await reserve(stores[1], draws, 2)
         assert isinstance(refused, Refused)
         assert refused.standing is Standing.STORE
-        await stores[0].look(draws)
+        await look(stores[0], draws)
         await until(lambda: stores[0]._serving)
         for _ in range(200):
-            await stores[0].look(slot)
-            (slots,) = await stores[1].look(slot)
+            await look(stores[0], slot)
+            (slots,) = await look(stores[1], slot)
             if slots.level == -1000:
                 break
             await asyncio.sleep(0.01)
         assert slots.level == -1000
-        stores[0].settle(slot)
+        back(stores[0], slot)
 
 
 @pytest.mark.parametrize(("policy", "let_in"), [(Standing.OPEN, True), (Standing.CLOSED, False)])
@@ -288,7 +289,7 @@ async def test_without_a_server_the_policy_decides_at_once(policy: Standing, let
     store = a_store(nowhere, "nowhere", when_lost=policy, timeout=0.05)
     started = asyncio.create_task(store.start())
     await asyncio.sleep(0)
-    verdict = store.reserve((Draw("a", rate_shape(1, 60), 1000),), 1)
+    verdict = take(store, (Draw("a", rate_shape(1, 60), 1000),), 1)
     assert isinstance(verdict, Granted if let_in else Refused)
     assert verdict.standing is policy is store.standing
     await started
@@ -310,7 +311,7 @@ async def test_a_replica_that_dies_frees_its_slots_within_seconds(shared_server:
     assert isinstance(await reserve(other, draws, 2), Refused)
     clock.now += 2
     assert isinstance(await reserve(other, draws, 2), Granted)
-    other.settle(draws)
+    back(other, draws)
     await other.stop()
     await dead.stop()
 
@@ -331,15 +332,15 @@ async def test_whoever_was_taken_for_dead_gives_out_no_slot_that_was_given_to_ot
     other._link.drop()
     await until(lambda: clock.now + LIFETIME == other._session.alive_until)
     assert isinstance(await reserve(other, (Draw("s", SLOTS, 45_000),), 1), Granted)
-    assert not isinstance(still.reserve(slot, 5), Granted), "it asks"
+    assert not isinstance(take(still, slot, 5), Granted), "it asks"
     still._beaten = 0.0
     still._tick()
     await until(lambda: clock.now + LIFETIME == still._session.alive_until)
     await until(lambda: still._serving and not still._outbox and not still._outbox.batch)
     in_use = still._leases["s"].used + 45_000
     assert await level(shared_server, other, SLOTS, "s", clock) == -in_use
-    still.settle([Draw("s", SLOTS, still._leases["s"].used)])
-    other.settle([Draw("s", SLOTS, 45_000)])
+    back(still, [Draw("s", SLOTS, still._leases["s"].used)])
+    back(other, [Draw("s", SLOTS, 45_000)])
     await still.stop()
     await other.stop()
     assert await level(shared_server, other, SLOTS, "s", clock) == 0
@@ -365,7 +366,7 @@ async def test_a_replica_that_was_held_up_itself_does_not_take_the_server_for_lo
     own_server: Server, mode: Mode
 ) -> None:
     async with fleet(own_server, 1, mode=mode, timeout=0.05) as (store,):
-        asked = store.reserve((Draw("a", BUDGET, 1000),), 1)
+        asked = take(store, (Draw("a", BUDGET, 1000),), 1)
         assert isinstance(asked, asyncio.Future)
         for _ in range(3):
             time.sleep(0.06)
@@ -380,9 +381,9 @@ async def test_nobody_is_left_waiting_when_a_replica_ends(own_server: Server, mo
     draws = (Draw("a", BUDGET, 1000),)
     async with fleet(own_server, 1, timeout=60.0) as (store,):
         own_server.freeze()
-        waiting = [store.reserve(draws, who) for who in (1, 2)]
+        waiting = [take(store, draws, who) for who in (1, 2)]
         await store.stop()
-        for verdict in [*waiting, store.reserve(draws, 3)]:
+        for verdict in [*waiting, take(store, draws, 3)]:
             found = await asyncio.wait_for(verdict, 1) if isinstance(verdict, asyncio.Future) else verdict
             assert found.standing is Standing.DEGRADED
         own_server.thaw()
@@ -415,9 +416,9 @@ async def test_what_is_known_of_addresses_while_the_server_is_gone_stays_within_
     monkeypatch.setattr("gateway.store.redis.MOST_LEASES", 100)
     clock = Clock()
     store = a_store(Server(), "nowhere", clock=clock, server_clock=clock)
-    assert isinstance(store.reserve((Draw("held", Shape(10_000, slots=True), 1000),), 1), Granted)
+    assert isinstance(take(store, (Draw("held", Shape(10_000, slots=True), 1000),), 1), Granted)
     for number in range(2000):
-        assert isinstance(store.reserve((Draw(f"client:{number}", shape, 1000),), 1), Granted)
+        assert isinstance(take(store, (Draw(f"client:{number}", shape, 1000),), 1), Granted)
         clock.now += 1000
     assert max(len(store._leases), len(store._shares)) <= (110 if shape.capacity == 10**6 else 210)
     assert store._leases["held"].used == 1000
@@ -444,11 +445,11 @@ async def test_a_busy_replica_seldom_asks_and_returns_what_lies_idle(own_server:
         before = _calls(own_server)
         for who in range(2000):
             assert isinstance(await reserve(stores[0], draws, who + 1), Granted)
-            stores[0].settle(draws[1:])
+            back(stores[0], draws[1:])
         assert _calls(own_server) - before < 200
         # Without a word from anybody.
         await until(lambda: not stores[0]._leases.holding and not stores[0]._outbox and not stores[0]._outbox.batch)
-        found = await stores[1].look([Draw("a", shape, 0), Draw("s", SLOTS, 0)])
+        found = await look(stores[1], [Draw("a", shape, 0), Draw("s", SLOTS, 0)])
         assert [bucket.level for bucket in found] == [shape.capacity, 0]
 
 
@@ -468,7 +469,7 @@ async def test_a_replica_asked_by_many_at_once_leases_no_more_than_half_its_part
     shape = Shape(100_000)
     async with fleet(own_server, 2) as stores:
         for store in stores:
-            await store.look((Draw("a", shape, 0),))
+            await look(store, (Draw("a", shape, 0),))
         verdicts = await asyncio.gather(*(reserve(stores[0], (Draw("a", shape, 1000),), who + 1) for who in range(40)))
         assert all(isinstance(verdict, Granted) for verdict in verdicts)
         most = 100_000 // (2 * 2)
@@ -495,9 +496,9 @@ async def test_who_comes_back_takes_what_was_promised_though_there_is_a_lease(ow
         while not isinstance(await reserve(store, draws, 2), Granted):
             assert time.monotonic() < deadline
             await asyncio.sleep(0.002)
-        (bucket,) = await store.look(draws)
+        (bucket,) = await look(store, draws)
         assert bucket.promises == ()
-        assert isinstance(store.reserve(draws, 3), Granted), "the others have the lease"
+        assert isinstance(take(store, draws, 3), Granted), "the others have the lease"
 
 
 async def test_who_comes_back_in_time_is_not_told_to_wait_by_a_clock_that_is_behind(shared_server: Server) -> None:

@@ -246,7 +246,7 @@ async def running(settings: Settings, clock: ManualClock, path: Path | None = No
     assert not any(endpoint.in_flight for endpoint in replica.pool.endpoints), "a request gave its place never back"
     store = replica.edge.limiter.store
     if isinstance(store, MemoryStore):
-        held = [name for name, (shape, bucket) in store._buckets.items() if shape.slots and bucket.level]
+        held = [name for name, cell in store._cells.items() if cell.shape.slots and cell.bucket(0).level]
         assert not held, "a request gave a slot never back"
     # Of a store that is shared: what this gateway's own requests use.
     leases = getattr(store, "_leases", {})

@@ -8,7 +8,7 @@ from gateway.errors import Kind
 from gateway.policy.limits import Counts, Limit
 from gateway.policy.token_bucket import NEVER, Bucket, Shape, rate_shape
 from gateway.serving.rates import families, go_duration, rate_headers, refusal
-from gateway.store.protocol import Refused, Standing
+from gateway.store.protocol import Known, Refused, Standing
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_headers_are_about_the_rate_with_the_least_left_and_never_about_budgets(
     ]
     shapes = [one.shape for one in limits]
     buckets = [Bucket(500_000, 9), Bucket(400_999, 9), Bucket(0, 9), Bucket(-1000, 9)]
-    headers = rate_headers(families(limits), shapes, buckets, Standing.DEGRADED)
+    headers = rate_headers(families(limits), Known(shapes, buckets), Standing.DEGRADED)
     assert headers == [
         (b"x-ratelimit-limit-tokens", b"9000"),
         (b"x-ratelimit-remaining-tokens", b"400"),
@@ -54,7 +54,7 @@ def test_headers_are_about_the_rate_with_the_least_left_and_never_about_budgets(
 
 def test_a_debt_is_shown_as_nothing_left() -> None:
     limits = [limit(Counts.TOKENS, rate_shape(60, 60))]
-    headers = rate_headers(families(limits), [limits[0].shape], [Bucket(-5000, 9)], Standing.STORE)
+    headers = rate_headers(families(limits), Known([limits[0].shape], [Bucket(-5000, 9)]), Standing.STORE)
     assert dict(headers)[b"x-ratelimit-remaining-tokens"] == b"0"
     assert dict(headers)[b"x-ratelimit-reset-tokens"] == b"1m5s"
 

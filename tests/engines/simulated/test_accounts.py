@@ -107,7 +107,7 @@ async def test_clients_that_leave_at_every_stage_leave_nothing_behind(
 
     store = gateway.replica.edge.limiter.store
     assert isinstance(store, MemoryStore)
-    levels = {name: bucket.level for name, (shape, bucket) in store._buckets.items() if shape.slots}
+    levels = {name: cell.bucket(0).level for name, cell in store._cells.items() if cell.shape.slots}
     assert levels == {"key:alice:concurrent": 0, "key:alice:tokens_in_flight": 0}
 
     lines = gateway.lines("request")

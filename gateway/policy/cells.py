@@ -1,0 +1,105 @@
+"""Buckets as their owner keeps them in memory: one number each, changed in place.
+
+Rule 1: what refills evenly need not be refilled. A cell holds the moment at which it will be full, in steps of 1/rate
+        microseconds, so that nothing is ever rounded: taking moves that moment away, giving back moves it near, and
+        what has passed means full. Slots are the same at rate 0. (Networks know it as virtual scheduling: GCRA.)
+Rule 2: nothing is decided otherwise than by ``take`` and ``give``, which are asked where a calendar or a promise is in
+        the way; tests hold the two against each other.
+Rule 3: time never goes back here; its owner sees to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from gateway.policy.reservation import give
+from gateway.policy.token_bucket import LARGEST, Bucket, Shape
+
+
+class Cell(msgspec.Struct, gc=False):
+    """One bucket. ``full`` is the moment at which it will be, ``room`` all it holds, both in steps (-1 in an
+    odd one); ``odd`` is the bucket itself where it is of a calendar or has made promises."""
+
+    shape: Shape
+    rate: int = 0
+    per: int = 1
+    room: int = 0
+    full: int = 0
+    odd: Bucket | None = None
+
+    def put(self, shape: Shape, bucket: Bucket) -> None:
+        """Hold what a bucket does."""
+        self.shape = shape
+        self.rate, self.per = (0, 1) if shape.slots else (shape.rate, shape.per)
+        self.odd = bucket if shape.ends or bucket.promises else None
+        # Nothing fits into an odd one, so that drawing needs one look less.
+        self.room = shape.capacity * self.per if self.odd is None else -1
+        most = 0 if shape.slots else shape.capacity
+        self.full = (most - bucket.level) * self.per - bucket.part + bucket.at * self.rate
+
+    def bucket(self, now: int) -> Bucket:
+        """Return it as a bucket."""
+        if self.odd is not None:
+            return self.odd
+        lack = self.full - now * self.rate
+        if self.shape.slots:
+            return Bucket(-max(0, lack), now)
+        if lack <= 0:
+            return Bucket(self.shape.capacity, now)
+        level, part = divmod(self.room - lack, self.per)
+        return Bucket(level, now, part)
+
+    def give(self, amount: int, now: int) -> None:
+        """Give back, or charge where it is below zero, as ``give`` does."""
+        if self.odd is not None:
+            self.put(self.shape, give(self.shape, self.odd, amount, now))
+        elif amount > 0:
+            self.full -= amount * self.per
+        else:
+            base = now * self.rate
+            deepest = base + LARGEST * self.per + (0 if self.shape.slots else self.room)
+            self.full = min(max(self.full, base) - amount * self.per, deepest)
+
+
+class Drawn(msgspec.Struct, frozen=True, gc=False):
+    """What was left in cells after something was taken: ``lacks`` is what each is short of being full, in steps."""
+
+    cells: Sequence[Cell]
+    lacks: Sequence[int]
+
+    def left(self, at: int) -> int:
+        """Return what could be taken."""
+        cell = self.cells[at]
+        return (cell.room - self.lacks[at]) // cell.per
+
+    def until_full(self, at: int) -> int:
+        """Return the microseconds until it is full, of one that refills."""
+        return -(-self.lacks[at] // self.cells[at].rate)
+
+
+def cell_of(shape: Shape, bucket: Bucket) -> Cell:
+    """Return a cell that holds what a bucket does."""
+    cell = Cell(shape)
+    cell.put(shape, bucket)
+    return cell
+
+
+def draw(cells: Sequence[Cell], shapes: Sequence[Shape], amounts: Sequence[int], now: int) -> Drawn | None:
+    """Take every amount where all is there and nothing is in the way, which is nearly always; else nothing: None."""
+    lacks: list[int] = []
+    for cell, shape, amount in zip(cells, shapes, amounts, strict=True):
+        if cell.shape is shape:
+            base = now * cell.rate
+            full = cell.full
+            full = (full if full > base else base) + amount * cell.per
+            lack = full - base
+            if lack <= cell.room:
+                cell.full = full
+                lacks.append(lack)
+                continue
+        for taken, again in zip(cells[: len(lacks)], amounts, strict=False):
+            taken.full -= again * taken.per
+        return None
+    return Drawn(cells, lacks)
