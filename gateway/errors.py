@@ -6,7 +6,7 @@ Anthropic's SDK expects for the same situation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, unique
 
 import msgspec
@@ -74,15 +74,6 @@ class Kind(Enum):
     INTERNAL = Row(500, "server_error", "internal_error", "api_error", 500)
 
 
-EXPOSE = (
-    b"access-control-expose-headers",
-    b"x-request-id, openai-processing-ms, retry-after, retry-after-ms, x-should-retry, x-forebay-limits,"
-    b" x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests,"
-    b" x-ratelimit-remaining-tokens, x-ratelimit-reset-requests, x-ratelimit-reset-tokens",
-)
-"""What a browser's client may read of an answer."""
-
-
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A request that is not served, as a value.
@@ -95,7 +86,8 @@ class Refusal:
     param: str | None = None
     code: str | None = None
     retry_after: float | None = None
-    headers: tuple[tuple[bytes, bytes], ...] = field(default=())
+    headers: bytes = b""
+    """Whole lines that its answer has beside those of every answer."""
     logged: str | None = None
     """What the log says instead of ``message``, where that may quote the client's request."""
     should_retry: bool | None = None
@@ -108,16 +100,17 @@ class Refusal:
         row = self.kind.value
         return {"message": self.message, "type": row.type, "param": self.param, "code": self.code or row.code}
 
-    def extra_headers(self) -> list[tuple[bytes, bytes]]:
-        """Return what the SDKs read about retrying: ``retry-after`` in whole seconds rounded up, and in ms."""
-        extra = list(self.headers)
+    def header_lines(self) -> bytes:
+        """Return its own lines and what the SDKs read about retrying: ``retry-after`` in whole seconds rounded up, and
+        in ms."""
+        lines = self.headers
         if self.retry_after is not None:
-            extra.append((b"retry-after", b"%d" % -(-self.retry_after // 1)))
-            extra.append((b"retry-after-ms", b"%d" % -(-self.retry_after * 1000 // 1)))
+            seconds, milliseconds = -(-self.retry_after // 1), -(-self.retry_after * 1000 // 1)
+            lines += b"retry-after: %d\r\nretry-after-ms: %d\r\n" % (seconds, milliseconds)
         retry = self.kind.value.retry if self.should_retry is None else self.should_retry
         if retry is not None:
-            extra.append((b"x-should-retry", b"true" if retry else b"false"))
-        return extra
+            lines += b"x-should-retry: true\r\n" if retry else b"x-should-retry: false\r\n"
+        return lines
 
 
 SHUTTING_DOWN = Refusal(Kind.SHUTDOWN, "The gateway is shutting down. Send the request again.", retry_after=1.0)

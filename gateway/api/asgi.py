@@ -11,8 +11,8 @@ from gateway.api.edge import Edge, Refused
 from gateway.api.protocol import CLOSE_EXTENSION, REFUSAL_EXTENSION
 from gateway.api.request import Request
 from gateway.errors import Refusal
+from gateway.headers import Header, to_pairs
 from gateway.serving.dialect import Route
-from gateway.serving.relay import Header
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -177,15 +177,15 @@ class AsgiClient:
         self._messages.clear()
         self._wake()
 
-    def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+    def respond(self, status: int, headers: bytes, body: bytes) -> None:
         """Send a whole answer."""
         length = (b"content-length", b"%d" % len(body))
-        self._start(status, [*headers, length])
+        self._start(status, [*to_pairs(headers), length])
         self._body(body, more=False)
 
-    def start_stream(self, headers: list[Header], data: bytes) -> None:
+    def start_stream(self, headers: bytes, data: bytes) -> None:
         """Send status, headers and the first bytes of a stream."""
-        self._start(200, list(headers))
+        self._start(200, to_pairs(headers))
         if data:
             self._body(data, more=True)
 
@@ -218,9 +218,9 @@ class AsgiClient:
         self._wake()
 
 
-async def _answer(send: Send, status: int, headers: list[Header], body: bytes, *, close: bool) -> None:
+async def _answer(send: Send, status: int, headers: bytes, body: bytes, *, close: bool) -> None:
     extra = [(b"content-length", b"%d" % len(body))]
     if close:
         extra.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, *extra]})
+    await send({"type": "http.response.start", "status": status, "headers": [*to_pairs(headers), *extra]})
     await send({"type": "http.response.body", "body": body, "more_body": False})

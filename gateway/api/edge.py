@@ -21,7 +21,8 @@ from gateway.api.context import fit_context
 from gateway.api.media import MediaRules
 from gateway.api.peek import Asked, read_body
 from gateway.api.request import Request, Steps
-from gateway.errors import EXPOSE, SHUTTING_DOWN, Kind, Refusal, no_model
+from gateway.errors import SHUTTING_DOWN, Kind, Refusal, no_model
+from gateway.headers import EXPOSE, JSON, Header
 from gateway.log import Log
 from gateway.metrics import Metrics
 from gateway.serving.deadlines import Deadlines
@@ -29,7 +30,7 @@ from gateway.serving.dialect import Route
 from gateway.serving.limiter import Hold, Limiter, Plan, read_facts, who_asks
 from gateway.serving.pending import Pending
 from gateway.serving.pool import Pool
-from gateway.serving.relay import OUTCOMES, Client, Header, Order, Relay, RelayLimits
+from gateway.serving.relay import OUTCOMES, Client, Order, Relay, RelayLimits
 from gateway.serving.ticket import Outcome, Ticket
 from gateway.state.keys import KeyRecord
 
@@ -40,7 +41,6 @@ RECENT = 4096
 """Requests that are kept in memory to be explained."""
 
 _MOST_TIME = (1 << 48) - 1
-_JSON: Header = (b"content-type", b"application/json")
 _TEXTUAL = frozenset({b"", b"identity"})
 
 
@@ -307,13 +307,14 @@ class Edge:
         self._release(request)
         client.respond(*self.refusal(request.route, request.ticket, refusal))
 
-    def refusal(self, route: Route, ticket: Ticket, refusal: Refusal) -> tuple[int, list[Header], bytes]:
+    def refusal(self, route: Route, ticket: Ticket, refusal: Refusal) -> tuple[int, bytes, bytes]:
         """Settle a request that gets no relay; return status, headers and body of its answer."""
         status = route.dialect.status(refusal)
         ticket.error = refusal.message
         ticket.refused_by = refusal.limit
         ticket.settle(OUTCOMES.get(refusal.kind, Outcome.REFUSED), status, self.deadlines.clock())
-        headers = [_JSON, (b"x-request-id", ticket.request_id.encode("ascii")), EXPOSE, *refusal.extra_headers()]
+        known = b"x-request-id: %b\r\n" % ticket.request_id.encode("ascii")
+        headers = b"".join((JSON, known, EXPOSE, refusal.header_lines()))
         return status, headers, route.dialect.error_body(refusal, ticket.request_id)
 
     def client_gone(self, request: Request) -> None:

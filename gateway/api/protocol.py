@@ -20,9 +20,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from gateway.api.edge import Edge, Refused
 from gateway.api.request import Request
 from gateway.errors import Kind, Refusal
+from gateway.headers import Header
 from gateway.serving.deadlines import NEVER
 from gateway.serving.dialect import OPENAI, Route
-from gateway.serving.relay import Header
 
 SUPPORTED = "0.54.0"
 MAX_PIPELINED = 16
@@ -376,21 +376,15 @@ class ForebayProtocol(HttpToolsProtocol):
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
-    def write_answer(self, status: int, headers: list[Header], body: bytes, *, close: bool) -> None:
+    def write_answer(self, status: int, headers: bytes, body: bytes, *, close: bool) -> None:
         """Write a whole answer at once."""
         head = self.head(status, headers, close=close)
         self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
 
-    def head(self, status: int, headers: list[Header], *, close: bool) -> bytes:
+    def head(self, status: int, headers: bytes, *, close: bool) -> bytes:
         """Return status line and headers without the empty line."""
-        lines = [STATUS_LINE[status]]
-        for name, value in self.server_state.default_headers:
-            lines.append(b"%b: %b\r\n" % (name, value))
-        for name, value in headers:
-            lines.append(b"%b: %b\r\n" % (name, value))
-        if close:
-            lines.append(b"connection: close\r\n")
-        return b"".join(lines)
+        end = b"connection: close\r\n" if close else b""
+        return b"".join((STATUS_LINE[status], _DEFAULTS.of(self.server_state.default_headers), headers, end))
 
     def linger(self) -> None:
         """Say that nothing more will come, and read on unseen for a moment: a reset would take the answer with it."""
@@ -401,6 +395,24 @@ class ForebayProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.deadline = self.edge.deadlines.clock() + LINGER
+
+
+class DefaultLines:
+    """The lines of uvicorn's own headers, which it makes anew each second."""
+
+    def __init__(self) -> None:
+        self._made_of: list[Header] = []
+        self._lines = b""
+
+    def of(self, headers: list[Header]) -> bytes:
+        """Return them."""
+        if headers is not self._made_of:
+            self._made_of = headers
+            self._lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+        return self._lines
+
+
+_DEFAULTS = DefaultLines()
 
 
 class _CycleTransport:
@@ -550,14 +562,14 @@ class RelayedCycle:
 
     # --- the answer -------------------------------------------------------------------------------------------------
 
-    def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+    def respond(self, status: int, headers: bytes, body: bytes) -> None:
         """Send a whole answer."""
         close = self._closes()
         if not self.disconnected:
             self._protocol.write_answer(status, headers, body, close=close)
         self._finish(close)
 
-    def start_stream(self, headers: list[Header], data: bytes) -> None:
+    def start_stream(self, headers: bytes, data: bytes) -> None:
         """Send status, headers and the first bytes of a stream."""
         protocol = self._protocol
         close = self._closes() or not self._chunked

@@ -74,9 +74,14 @@ class Drawn(msgspec.Struct, frozen=True, gc=False):
         cell = self.cells[at]
         return (cell.room - self.lacks[at]) // cell.per
 
-    def until_full(self, at: int) -> int:
-        """Return the microseconds until it is full, of one that refills."""
-        return -(-self.lacks[at] // self.cells[at].rate)
+    def least(self, which: Sequence[int]) -> tuple[int, int, int]:
+        """Return which of several that refill has the least left, how much, and the microseconds until it is full."""
+        cells, lacks = self.cells, self.lacks
+        lefts = [(cells[at].room - lacks[at]) // cells[at].per for at in which]
+        left = min(lefts)
+        position = lefts.index(left)
+        at = which[position]
+        return position, left, -(-lacks[at] // cells[at].rate)
 
 
 def cell_of(shape: Shape, bucket: Bucket) -> Cell:

@@ -29,7 +29,8 @@ TEMPLATE = 64
 """Tokens a chat template is taken to add, as long as nothing is known."""
 _BINS = 56
 _SIZES = 48
-"""Doublings of a body's size that are told apart."""
+_LARGEST = 1 << (_SIZES - 2)
+"""Doublings of a body's size that are told apart, and bytes beyond which they are not."""
 
 
 class Sketch(msgspec.Struct):
@@ -112,14 +113,14 @@ class OfModel:
 
     def text(self, size: int) -> float:
         """Return the tokens of a prompt of ``size`` bytes without images."""
-        learned = self.prompts[min(size.bit_length(), _SIZES - 1)]
+        learned = self.prompts[size.bit_length() if size < _LARGEST else -1]
         if learned is None or learned.known < 0:
             return TEMPLATE + size * TOKENS_PER_BYTE
         return size * learned.known
 
     def of_size(self, size: int) -> Sketch:
         """Return what is learned of prompts of about ``size`` bytes."""
-        at = min(size.bit_length(), _SIZES - 1)
+        at = size.bit_length() if size < _LARGEST else -1
         learned = self.prompts[at]
         if learned is None:
             learned = self.prompts[at] = empty()
@@ -148,9 +149,10 @@ class Learned:
 
     def prompt(self, size: int, parts: int = 0) -> int:
         """Return the tokens a prompt of ``size`` bytes and ``parts`` images or the like probably has at most."""
-        tokens = self._everybody.text(size)
+        everybody = self._everybody
+        tokens = everybody.text(size)
         if parts:
-            each = self._everybody.parts.known
+            each = everybody.parts.known
             tokens += parts * (TOKENS_PER_PART if each < 0 else each)
         return round(tokens)
 
@@ -160,7 +162,7 @@ class Learned:
         known = self._everybody.answers.known if own is None or own.known < 0 else own.known
         if known < 0:
             return assumed if stated is None else stated
-        likely = max(1, round(known))
+        likely = round(known) or 1
         return likely if stated is None or likely < stated else stated
 
     def per_event(self, dialect: str) -> float:

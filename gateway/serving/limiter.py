@@ -25,7 +25,7 @@ from gateway.policy.token_bucket import NEVER, Bucket, spare
 from gateway.serving.dialect import OPENAI, Route
 from gateway.serving.meter import Usage
 from gateway.serving.pending import Pending
-from gateway.serving.rates import Family, Header, families, never_fits, rate_headers, refusal
+from gateway.serving.rates import Family, families, never_fits, rate_headers, refusal
 from gateway.serving.tokens import count_prompts
 from gateway.state.keys import KeyRecord
 from gateway.store.protocol import Buckets, Granted, Known, Levels, Refused, Standing, Store, Verdict
@@ -136,11 +136,11 @@ class Hold:
         """What was counted, where the engine did not say it."""
 
     @property
-    def headers(self) -> list[Header]:
-        """What the client is told of its limits."""
+    def headers(self) -> bytes:
+        """What the client is told of its limits, in whole lines."""
         granted = self._granted
         if granted is None:
-            return []
+            return b""
         plan = self._plan
         return rate_headers(plan.about, granted.levels, granted.standing)
 
@@ -315,12 +315,11 @@ class Limiter:
 
     def _never_fits(self, plan: Plan, facts: Facts) -> Refusal | None:
         """Refuse what is larger than a whole bucket by what the client stated, or at the very least."""
-        if not facts.route.charged:
-            return None
         prompt = facts.counted if facts.counted is not None else facts.size // LONGEST_TOKEN
-        least = Size(prompt, (facts.stated or 0) * facts.answers)
-        if least.prompt + least.output <= plan.roomy:
+        output = (facts.stated or 0) * facts.answers
+        if prompt + output <= plan.roomy or not facts.route.charged:
             return None
+        least = Size(prompt, output)
         needs = amounts(least, plan.weights, plan.prices)
         for limit in plan.limits:
             asked = needs[limit.counts]

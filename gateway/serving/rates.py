@@ -11,12 +11,9 @@ from gateway.policy.limits import UNIT, Counts, Limit
 from gateway.policy.token_bucket import NEVER, SECOND, spare
 from gateway.store.protocol import Levels, Refused, Standing
 
-Header = tuple[bytes, bytes]
-
 LONGEST_RETRY = 60.0
 """Seconds: beyond this an SDK would come back sooner than it was told, so it is told not to."""
 _FAMILIES = ((Counts.REQUESTS, b"requests"), (Counts.TOKENS, b"tokens"))
-_HEADERS = (b"limit", b"remaining", b"reset")
 _STORE = Standing.STORE
 _MILLISECONDS = tuple(b"%dms" % number if number else b"0s" for number in range(1000))
 _KINDS = {
@@ -44,16 +41,11 @@ def go_duration(microseconds: int) -> str:
 
 
 class Family(msgspec.Struct, frozen=True):
-    """One family of headers: which of the limits they are about, and what of them is always the same."""
+    """One family of headers: which of the limits they are about, and for each of these its lines, as a format for what
+    is left and when all of it is back."""
 
     which: tuple[int, ...]
-    first: int
-    others: tuple[tuple[int, int], ...]
-    """The first of these, and the others with their positions among them."""
-    limits: tuple[Header, ...]
-    """Whole headers, one for each of these limits."""
-    remaining: bytes
-    reset: bytes
+    lines: tuple[bytes, ...]
 
 
 def families(limits: Sequence[Limit]) -> tuple[Family, ...]:
@@ -62,36 +54,24 @@ def families(limits: Sequence[Limit]) -> tuple[Family, ...]:
     for counts, name in _FAMILIES:
         which = tuple(at for at, limit in enumerate(limits) if limit.counts is counts and not limit.budget)
         if which:
-            limit, remaining, reset = (b"x-ratelimit-%b-%b" % (kind, name) for kind in _HEADERS)
-            whole = tuple((limit, b"%d" % (limits[at].shape.capacity // UNIT)) for at in which)
-            found.append(Family(which, which[0], tuple(enumerate(which))[1:], whole, remaining, reset))
+            found.append(Family(which, tuple(_lines(name, limits[at].shape.capacity // UNIT) for at in which)))
     return tuple(found)
 
 
-def rate_headers(about: Sequence[Family], levels: Levels, standing: Standing) -> list[Header]:
-    """Return `x-ratelimit-…` of the buckets with the least left, as OpenAI has them."""
-    headers: list[Header] = []
+def _lines(name: bytes, limit: int) -> bytes:
+    shown = (b"limit", b"%d" % limit), (b"remaining", b"%d"), (b"reset", b"%b")
+    return b"".join(b"x-ratelimit-%b-%b: %b\r\n" % (kind, name, value) for kind, value in shown)
+
+
+def rate_headers(about: Sequence[Family], levels: Levels, standing: Standing) -> bytes:
+    """Return the lines `x-ratelimit-…` of the buckets with the least left, as OpenAI has them."""
+    lines = b"" if standing is _STORE else b"x-forebay-limits: %b\r\n" % standing.value.encode("ascii")
     for family in about:
-        least = 0
-        left = levels.left(family.first)
-        for position, at in family.others:
-            other = levels.left(at)
-            if other < left:
-                left, least = other, position
-        milliseconds = -(-levels.until_full(family.which[least]) // 1000)
-        headers += (
-            family.limits[least],
-            (family.remaining, b"%d" % (left // UNIT if left > 0 else 0)),
-            (
-                family.reset,
-                _MILLISECONDS[milliseconds]
-                if milliseconds < len(_MILLISECONDS)
-                else go_duration(milliseconds * 1000).encode("ascii"),
-            ),
-        )
-    if standing is not _STORE:
-        headers.append((b"x-forebay-limits", standing.value.encode("ascii")))
-    return headers
+        position, left, full = levels.least(family.which)
+        milliseconds = -(-full // 1000)
+        reset = _MILLISECONDS[milliseconds] if milliseconds < 1000 else go_duration(full).encode("ascii")
+        lines += family.lines[position] % (left // UNIT if left > 0 else 0, reset)
+    return lines
 
 
 _AWAY = Refusal(
@@ -100,12 +80,12 @@ _AWAY = Refusal(
     " gateway, none of the request's and no limit of yours. Send it again in a moment; if that does not help, tell"
     " whoever runs the gateway.",
     retry_after=1.0,
-    headers=((b"x-forebay-limits", Standing.CLOSED.value.encode("ascii")),),
+    headers=b"x-forebay-limits: %b\r\n" % Standing.CLOSED.value.encode("ascii"),
 )
 """What everybody is told whose limits cannot be checked: no figures, for none are known."""
 
 
-def refusal(limit: Limit, refused: Refused, asked: int, model: str, hold_time: float, headers: list[Header]) -> Refusal:
+def refusal(limit: Limit, refused: Refused, asked: int, model: str, hold_time: float, headers: bytes) -> Refusal:
     """Return what a refused request is told; ``asked`` is what it wanted of the limit, ``hold_time`` the seconds after
     which a slot may be expected to come free."""
     if refused.standing is Standing.CLOSED:
@@ -128,7 +108,7 @@ def refusal(limit: Limit, refused: Refused, asked: int, model: str, hold_time: f
             " out its share of every limit, and this one's share of this limit is used up."
         )
     retry = seconds <= LONGEST_RETRY and not limit.budget
-    return Refusal(kind, told, retry_after=seconds, headers=tuple(headers), should_retry=retry, limit=_name(limit))
+    return Refusal(kind, told, retry_after=seconds, headers=headers, should_retry=retry, limit=_name(limit))
 
 
 def never_fits(limit: Limit, asked: int, model: str) -> Refusal:

@@ -20,7 +20,8 @@ from typing import Protocol
 import msgspec
 
 from engines.protocol import Dispatch, EngineError, Fault, Fields
-from gateway.errors import EXPOSE, SHUTTING_DOWN, Kind, Refusal
+from gateway.errors import SHUTTING_DOWN, Kind, Refusal
+from gateway.headers import EXPOSE, JSON
 from gateway.metrics import Metrics
 from gateway.policy.retry import Cause, Next, decide
 from gateway.serving.answer import AnswerError, read_answer
@@ -32,8 +33,6 @@ from gateway.serving.redact import redact
 from gateway.serving.ticket import OK, Attempt, Outcome, Ticket
 from gateway.serving.upstream import Connection, Loss
 
-Header = tuple[bytes, bytes]
-
 HEARTBEAT = b": keep-alive\n\n"
 MAX_ERROR_BODY = 1 << 20
 """Bytes of an engine's error answer that are read."""
@@ -43,21 +42,21 @@ SHOWN_CANDIDATES = 8
 
 WAITING, STREAMING, DONE = range(3)
 
-SSE_HEADERS: list[Header] = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+_COMMON = b"x-request-id: %b\r\nopenai-processing-ms: %d\r\n" + EXPOSE + b"%b"
+_STREAM_HEAD = (
+    b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n" + _COMMON
+)
+_WHOLE_HEAD = JSON + _COMMON
 
 
 class Client(Protocol):
-    """Who asked, through whichever face."""
+    """Who asked, through whichever face. ``headers`` are whole lines."""
 
-    def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+    def respond(self, status: int, headers: bytes, body: bytes) -> None:
         """Send a whole answer."""
         ...
 
-    def start_stream(self, headers: list[Header], data: bytes) -> None:
+    def start_stream(self, headers: bytes, data: bytes) -> None:
         """Send status 200 and the first bytes of a stream."""
         ...
 
@@ -444,7 +443,7 @@ class Relay:
             self._client.end_stream(dialect.error_event(refusal, ticket.request_id, events), close=True)
         else:
             body = dialect.error_body(refusal, ticket.request_id)
-            self._client.respond(status, headers + refusal.extra_headers(), body)
+            self._client.respond(status, headers + refusal.header_lines(), body)
 
     # --- ends -----------------------------------------------------------------------------------------------------
 
@@ -576,17 +575,13 @@ class Relay:
                 due = min(due, self._wrote + self._limits.heartbeat_after)
         self.deadline = min(due, self._total_at)
 
-    def _headers(self, now: float, *, stream: bool = True) -> list[Header]:
+    def _headers(self, now: float, *, stream: bool = True) -> bytes:
         ticket = self._ticket
-        milliseconds = int((now - ticket.started) * 1000)
-        common = [
-            (b"x-request-id", ticket.request_id.encode("ascii")),
-            (b"openai-processing-ms", b"%d" % milliseconds),
-            EXPOSE,
-        ]
-        if ticket.hold is not None:
-            common += ticket.hold.headers
-        return SSE_HEADERS + common if stream else [(b"content-type", b"application/json"), *common]
+        return (_STREAM_HEAD if stream else _WHOLE_HEAD) % (
+            ticket.request_id.encode("ascii"),
+            int((now - ticket.started) * 1000),
+            ticket.hold.headers if ticket.hold is not None else b"",
+        )
 
 
 _ENGINES_FAULT = frozenset({Cause.BROKEN, Cause.SLOW, Cause.CREDENTIALS})

@@ -110,14 +110,17 @@ class Seen(msgspec.Struct, frozen=True, gc=False):
     now: int
 
     def left(self, at: int) -> int:
-        """Return what could be taken of a bucket, in units; below zero in debt."""
+        """Return what could be taken of one, in units; below zero in debt."""
         lease = self.leases[at]
         return spare(lease.shape, lease.seen(self.now))
 
-    def until_full(self, at: int) -> int:
-        """Return the microseconds until a bucket is full again."""
-        lease = self.leases[at]
-        return until_full(lease.shape, lease.seen(self.now))
+    def least(self, which: Sequence[int]) -> tuple[int, int, int]:
+        """Return which of several that refill has the least left, how much, and when it is full again."""
+        found = [self.leases[at].seen(self.now) for at in which]
+        levels = [bucket.level for bucket in found]
+        left = min(levels)
+        position = levels.index(left)
+        return position, left, until_full(self.leases[which[position]].shape, found[position])
 
 
 class Share:

@@ -62,15 +62,19 @@ class Buckets(msgspec.Struct, frozen=True):
         return tuple(map(Draw, self.names, self.shapes, amounts))
 
 
+Scarcest = tuple[int, int, int]
+"""The position among those that were asked for, what is left in units, and the microseconds until it is full again."""
+
+
 class Levels(Protocol):
-    """What is left in buckets, by their position; each may be worked out when it is looked at."""
+    """What is left in buckets, by their position; worked out when it is looked at."""
 
     def left(self, at: int, /) -> int:
-        """Return what could be taken of it, in units; below zero in debt."""
+        """Return what could be taken of one, in units; below zero in debt."""
         ...
 
-    def until_full(self, at: int, /) -> int:
-        """Return the microseconds until a bucket is full again, of one that refills."""
+    def least(self, which: Sequence[int], /) -> Scarcest:
+        """Return which of several that refill has the least left."""
         ...
 
 
@@ -81,12 +85,16 @@ class Known(msgspec.Struct, frozen=True, gc=False):
     buckets: Sequence[Bucket]
 
     def left(self, at: int) -> int:
-        """Return what could be taken of it, in units; below zero in debt."""
+        """Return what could be taken of one, in units; below zero in debt."""
         return spare(self.shapes[at], self.buckets[at])
 
-    def until_full(self, at: int) -> int:
-        """Return the microseconds until a bucket is full again."""
-        return until_full(self.shapes[at], self.buckets[at])
+    def least(self, which: Sequence[int]) -> Scarcest:
+        """Return which of several that refill has the least left."""
+        lefts = list(map(self.left, which))
+        left = min(lefts)
+        position = lefts.index(left)
+        at = which[position]
+        return position, left, until_full(self.shapes[at], self.buckets[at])
 
 
 class Granted(msgspec.Struct, frozen=True, gc=False):

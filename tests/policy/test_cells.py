@@ -104,10 +104,14 @@ def test_the_store_in_memory_is_the_pure_functions(data: st.DataObject) -> None:
             if isinstance(told, Granted):
                 kept = list(zip(of.shapes, plainly.look(of, clock.heard), strict=True))
                 assert [told.levels.left(at) for at in range(3)] == [spare(shape, bucket) for shape, bucket in kept]
-                for at, (shape, bucket) in enumerate(kept):
-                    if shape.rate:
-                        # In doubles a wait may be a microsecond more.
-                        assert 0 <= until_full(shape, bucket) - told.levels.until_full(at) <= 1
+                refilled = [at for at, shape in enumerate(of.shapes) if shape.rate]
+                if refilled:
+                    position, left, full = told.levels.least(refilled)
+                    assert (position, left) == min((kept[at][1].level, number) for number, at in enumerate(refilled))[
+                        ::-1
+                    ]
+                    # In doubles a wait may be a microsecond more.
+                    assert 0 <= until_full(*kept[refilled[position]]) - full <= 1
         else:
             backs = [amount - data.draw(st.integers(0, 3)) * amount for amount in amounts]
             store.settle(of, backs)

@@ -72,7 +72,7 @@ async def test_all_or_none_and_what_is_left_is_told(store: Store) -> None:
     granted = await reserve(store, both, 1)
     assert isinstance(granted, Granted)
     assert [granted.levels.left(at) for at in (0, 1)] == [20_000, 1000]
-    assert granted.levels.until_full(0) == 40 * SECOND
+    assert granted.levels.least([0])[2] == 40 * SECOND
     refused = await reserve(store, both, 2)
     assert isinstance(refused, Refused)
     assert (refused.index, refused.wait, refused.early) == (0, 20 * SECOND + 1, False)

@@ -23,7 +23,7 @@ def test_what_is_told_of_a_hit_is_what_is_known_with_what_is_held() -> None:
     granted = held(2000).take(NAMES, AMOUNTS, NOW + SECOND, NOW + 2 * SECOND)
     assert granted is not None
     assert [granted.levels.left(at) for at in (0, 1)] == [32_000, 3000]
-    assert granted.levels.until_full(0) == 28 * SECOND
+    assert granted.levels.least([0])[2] == 28 * SECOND
 
 
 def test_one_draw_too_many_takes_nothing() -> None:

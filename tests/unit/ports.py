@@ -11,10 +11,11 @@ import msgspec
 from adapters.catalogue import Catalogue
 from engines.registry import ENGINES
 from gateway.api.routes import RELAYED
+from gateway.headers import to_pairs
 from gateway.metrics import Metrics
 from gateway.serving.deadlines import Deadlines
 from gateway.serving.pool import Endpoint, EndpointSpec, Pool
-from gateway.serving.relay import HEARTBEAT, Header, Order, Relay, RelayLimits
+from gateway.serving.relay import HEARTBEAT, Order, Relay, RelayLimits
 from gateway.serving.ticket import Outcome, Ticket
 from gateway.serving.upstream import Address, Connections, Loss, Receiver
 from tests.support.clock import ManualClock
@@ -129,14 +130,14 @@ class FakeClient:
     def finished(self) -> bool:
         return self.over or self.aborted
 
-    def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+    def respond(self, status: int, headers: bytes, body: bytes) -> None:
         assert not self.finished
         assert not self.started, "a second answer after the stream had begun"
         self._head(status, headers)
         self.out = body
         self.over = True
 
-    def start_stream(self, headers: list[Header], data: bytes) -> None:
+    def start_stream(self, headers: bytes, data: bytes) -> None:
         assert not self.finished
         assert not self.started
         self.started = True
@@ -156,10 +157,10 @@ class FakeClient:
         assert not self.finished
         self.aborted = True
 
-    def _head(self, status: int, headers: list[Header]) -> None:
+    def _head(self, status: int, headers: bytes) -> None:
         self.status = status
-        self.headers = dict(headers)
-        assert len(self.headers) == len(headers)
+        self.headers = dict(to_pairs(headers))
+        assert len(self.headers) == headers.count(b"\r\n")
         assert self.headers[b"x-request-id"]
 
     def _take(self, data: bytes) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import Kind, Refusal, anthropic_body, openai_body
+from gateway.headers import to_pairs
 from gateway.serving.dialect import ANTHROPIC, OPENAI, RESPONSES, Dialect
 
 INVALID = "invalid_request_error"
@@ -123,21 +124,21 @@ def test_a_code_of_its_own_goes_before_the_kinds() -> None:
     [(1.0, b"1", b"1000"), (2.64, b"3", b"2640"), (0.0001, b"1", b"1"), (59.0001, b"60", b"59001"), (0.0, b"0", b"0")],
 )
 def test_when_to_try_again(seconds: float, whole: bytes, milliseconds: bytes) -> None:
-    headers = dict(Refusal(Kind.BUSY, "x", retry_after=seconds).extra_headers())
+    headers = dict(to_pairs(Refusal(Kind.BUSY, "x", retry_after=seconds).header_lines()))
     assert headers == {b"retry-after": whole, b"retry-after-ms": milliseconds}
 
 
 @given(seconds=st.floats(0, 60))
 def test_times_are_rounded_up(seconds: float) -> None:
     """A client that comes back when told is never too early, and less than a unit late."""
-    headers = dict(Refusal(Kind.BUSY, "x", retry_after=seconds).extra_headers())
+    headers = dict(to_pairs(Refusal(Kind.BUSY, "x", retry_after=seconds).header_lines()))
     assert int(headers[b"retry-after"]) == math.ceil(seconds)
     assert int(headers[b"retry-after-ms"]) == math.ceil(seconds * 1000)
 
 
 def test_nothing_is_said_of_trying_again_where_nothing_is_known() -> None:
-    assert Refusal(Kind.INVALID, "x").extra_headers() == []
-    assert Refusal(Kind.INVALID, "x", headers=((b"a", b"b"),)).extra_headers() == [(b"a", b"b")]
+    assert Refusal(Kind.INVALID, "x").header_lines() == b""
+    assert Refusal(Kind.INVALID, "x", headers=b"a: b\r\n").header_lines() == b"a: b\r\n"
 
 
 @given(message=st.text(), param=st.none() | st.text(max_size=10), number=st.integers(0, 10**6))
