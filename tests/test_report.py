@@ -10,7 +10,7 @@ import json
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from gateway.cli import app
 from gateway.report import explain_in_text
 from gateway.serving.explain import explanation, ledger_row, row_of
-from gateway.serving.limiter import NO_CHARGES, Charges
+from gateway.serving.limiter import Charges
 from gateway.serving.ticket import Outcome, Ticket
 from gateway.serving.upstream import Loss
 from gateway.state.usage import UsageRow, UsageStore
@@ -168,13 +168,20 @@ async def test_a_gateway_that_runs_is_asked_first(
         assert "There is no request 'req_9'. Looked at: the latest 1 requests of this replica" in unknown.stderr
 
 
+class Told:
+    """What a ticket's limits were charged."""
+
+    def lines(self) -> tuple[tuple[str, str, int, int], ...]:
+        return (("key alice: tokens per minute", "tokens", 900_000, 7_500),)
+
+
 def a_ticket(stage: Stage) -> Ticket:
     """A request that a second engine has served, with everything about it known."""
     ticket = stage.ticket
     ticket.at = NOW.timestamp()
     ticket.key, ticket.key_id, ticket.tenant, ticket.organisation = "alice", "0f3a9c51b2de", "search", "acme"
     ticket.client, ticket.sdk_retry, ticket.version = "10.0.0.1", 2, "3"
-    ticket.charges = Charges(("key alice: tokens per minute",), ("tokens",), [900_000], [7_500])
+    ticket.charges = cast("Charges", Told())
     ticket.settlement, ticket.cost = "exact", 1_500_000
     return ticket
 
@@ -217,7 +224,7 @@ def test_everything_on_one_screen() -> None:
 def test_what_runs_and_what_was_refused() -> None:
     stage = Stage()
     ticket = a_ticket(stage)
-    ticket.charges = NO_CHARGES
+    ticket.charges = None
     ticket.refused_by = "team search: requests per minute"
     ticket.error = "slow\x1b[2Jdown"
     running_still = explain_in_text(explanation(row_of(ticket, stage.clock()), "memory"))

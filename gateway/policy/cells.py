@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import msgspec
 
 from gateway.policy.reservation import give
-from gateway.policy.token_bucket import LARGEST, Bucket, Shape
+from gateway.policy.token_bucket import LARGEST, NEVER, Bucket, Shape
 
 
 class Cell(msgspec.Struct, gc=False):
@@ -77,11 +77,13 @@ class Drawn(msgspec.Struct, frozen=True, gc=False):
     def least(self, which: Sequence[int]) -> tuple[int, int, int]:
         """Return which of several that refill has the least left, how much, and the microseconds until it is full."""
         cells, lacks = self.cells, self.lacks
-        lefts = [(cells[at].room - lacks[at]) // cells[at].per for at in which]
-        left = min(lefts)
-        position = lefts.index(left)
-        at = which[position]
-        return position, left, -(-lacks[at] // cells[at].rate)
+        scarcest, least = 0, NEVER
+        for at in which:
+            cell = cells[at]
+            left = (cell.room - lacks[at]) // cell.per
+            if left < least:
+                scarcest, least = at, left
+        return scarcest, least, -(-lacks[scarcest] // cells[scarcest].rate)
 
 
 def cell_of(shape: Shape, bucket: Bucket) -> Cell:

@@ -150,7 +150,10 @@ class Learned:
     def prompt(self, size: int, parts: int = 0) -> int:
         """Return the tokens a prompt of ``size`` bytes and ``parts`` images or the like probably has at most."""
         everybody = self._everybody
-        tokens = everybody.text(size)
+        learned = everybody.prompts[size.bit_length() if size < _LARGEST else -1]
+        # OfModel.text, written out.
+        known = -1.0 if learned is None else learned.known
+        tokens = TEMPLATE + size * TOKENS_PER_BYTE if known < 0 else size * known
         if parts:
             each = everybody.parts.known
             tokens += parts * (TOKENS_PER_PART if each < 0 else each)

@@ -120,7 +120,7 @@ def _detail(ticket: Ticket, outcome: str, end: float) -> Detail:
         ticket.bytes_in,
         ticket.error[:MAX_TEXT],
         ticket.refused_by,
-        tuple(zip(charges.buckets, charges.said, charges.reserved, charges.charged, strict=True)),
+        charges.lines() if charges is not None else (),
         _time_split(ticket, end),
         [_tried(attempt, outcome, end) for attempt in ticket.tried[:SHOWN_ATTEMPTS]],
     )

@@ -11,7 +11,7 @@ import asyncio
 import enum
 import zlib
 from collections.abc import Callable, Generator, Sequence
-from operator import sub
+from operator import itemgetter
 
 import msgspec
 
@@ -56,6 +56,7 @@ class Settlement(enum.StrEnum):
 
 # Under names of their own: looked up in its class each costs a call of the enum's.
 EXACT, COUNTED, KEPT, VOID = Settlement
+_NOTHING = (0,) * len(Counts)
 _REQUESTS, _TOKENS, _MONEY, _CONCURRENT, _IN_FLIGHT = Counts
 
 
@@ -67,8 +68,12 @@ class Plan(msgspec.Struct, frozen=True):
     limits: tuple[Limit, ...]
     buckets: Buckets
     """Those of the limits, in their order."""
-    counts: tuple[int, ...]
-    """What each limit counts: the position in a request's amounts."""
+    spread: Callable[[Sequence[int]], tuple[int, ...]]
+    """Makes of a request's amounts, one a kind, what each limit is drawn on."""
+    returning: Buckets
+    """Those of which something may come back: all but requests in a time."""
+    spread_back: Callable[[Sequence[int]], tuple[int, ...]]
+    """The same for these."""
     said: tuple[str, ...]
     """The same in a word."""
     learned: Learned
@@ -96,24 +101,35 @@ class Facts(msgspec.Struct):
     stated: int | None
     counted: int | None
     first: bool
+    least: int
+    """Tokens it has at the very least: those of its prompt, and what it says of its answers."""
 
 
 class Charges(msgspec.Struct, frozen=True, gc=False):
-    """What was reserved of each bucket and what was charged, in 1/1000; ``said`` is what it counts."""
+    """What was reserved of each bucket of a plan, and what was charged by kind; both in 1/1000."""
 
-    buckets: tuple[str, ...] = ()
-    said: tuple[str, ...] = ()
-    reserved: Sequence[int] = ()
-    charged: Sequence[int] = ()
+    plan: Plan
+    reserved: Sequence[int]
+    used: Sequence[int]
+    kept: bool
+    """Whether what was reserved stays, where it is neither slots nor in flight."""
 
-
-NO_CHARGES = Charges()
+    def lines(self) -> tuple[tuple[str, str, int, int], ...]:
+        """Return of each limit its bucket, what it counts, what was reserved and what was charged."""
+        plan = self.plan
+        charged = plan.spread(self.used)
+        if self.kept:
+            charged = tuple(
+                0 if limit.counts >= _CONCURRENT else amount
+                for limit, amount in zip(plan.limits, self.reserved, strict=True)
+            )
+        return tuple(zip(plan.buckets.names, plan.said, self.reserved, charged, strict=True))
 
 
 class Hold:
     """What a request holds of its limits, from the reservation to the settlement."""
 
-    __slots__ = ("_amounts", "_facts", "_granted", "_limiter", "_plan", "_size", "settled", "used")
+    __slots__ = ("_amounts", "_facts", "_granted", "_limiter", "_needs", "_plan", "_size", "settled", "used")
 
     def __init__(
         self,
@@ -121,6 +137,7 @@ class Hold:
         plan: Plan,
         facts: Facts,
         size: Size | None,
+        needs: Sequence[int] | None,
         amounts: Sequence[int],
         granted: Granted | None,
     ) -> None:
@@ -129,7 +146,10 @@ class Hold:
         self._facts = facts
         self._size = size
         """As it was estimated; not at all where there is no limit to reserve it of."""
+        self._needs = needs
+        """What was reserved by kind, where of each limit it is that."""
         self._amounts = amounts
+        """What was reserved of each limit."""
         self._granted = granted
         self.settled: Settlement | None = None
         self.used: Usage | None = None
@@ -146,7 +166,7 @@ class Hold:
 
     def settle(
         self, usage: Usage | None, events: int, *, whole: bool, accepted: bool
-    ) -> tuple[Settlement, int, Charges]:
+    ) -> tuple[Settlement, int, Charges | None]:
         """Give back what was not used. Returns how, the cost in nano-dollars, and what each limit was charged.
 
         ``whole``: the answer came to its end, so a usage is all of it. ``accepted``: an engine may have worked on it.
@@ -159,7 +179,7 @@ class Hold:
             self.used = Usage(used.prompt, used.output, used.cached)
         plan = self._plan
         cost = 0
-        charges = NO_CHARGES
+        charges = None
         if self._granted is not None:
             size = amounts(used, plan.weights, plan.prices)
             cost = size[_MONEY]
@@ -171,17 +191,16 @@ class Hold:
         return kind, 0 if kind is VOID else cost, charges
 
     def _give_back(self, kind: Settlement, used: Sequence[int]) -> Charges:
-        plan, reserved = self._plan, self._amounts
-        if kind is VOID:
-            charged = [0] * len(reserved)
-        elif kind is KEPT:
-            charged = [0 if at >= _CONCURRENT else amount for at, amount in zip(plan.counts, reserved, strict=True)]
-        else:
-            # Slots and tokens in flight come back whole.
-            final = (*used[:_CONCURRENT], 0, 0)
-            charged = [final[at] for at in plan.counts]
-        self._limiter.store.settle(plan.buckets, list(map(sub, reserved, charged)))
-        return Charges(plan.buckets.names, plan.said, reserved, charged)
+        plan, reserved, needs = self._plan, self._amounts, self._needs
+        # Slots and tokens in flight come back whole.
+        final = _NOTHING if kind is VOID else (*used[:_CONCURRENT], 0, 0)
+        if kind is EXACT and needs is not None:
+            back = (0, needs[1] - final[1], needs[2] - final[2], needs[3], needs[4])
+            self._limiter.store.settle(plan.returning, plan.spread_back(back))
+            return Charges(plan, reserved, final, kept=False)
+        charges = Charges(plan, reserved, final, kept=kind is KEPT)
+        self._limiter.store.settle(plan.buckets, [held - charged for _, _, held, charged in charges.lines()])
+        return charges
 
     def _used(self, usage: Usage | None, events: int, whole: bool, accepted: bool) -> tuple[Settlement, Size]:
         facts = self._facts
@@ -241,13 +260,16 @@ class Limiter:
         asker = Asker(who.public_id, who.tenant, model, pool, address, who.limits, source)
         limits = applying(asker, known, self._clock())
         buckets = Buckets(tuple(limit.bucket for limit in limits), tuple(limit.shape for limit in limits))
+        returning = [at for at, limit in enumerate(limits) if limit.counts is not _REQUESTS]
         weights, prices = weights_of(known.limits, model), prices_of(known.limits, model)
         return Plan(
             who=who,
             organisation=organisation_of(who.tenant, known) if who.public_id else "",
             limits=limits,
             buckets=buckets,
-            counts=tuple(int(limit.counts) for limit in limits),
+            spread=_spread(limits),
+            returning=buckets.some(returning),
+            spread_back=_spread([limits[at] for at in returning]),
             said=tuple(limit.counts.name.lower() for limit in limits),
             learned=self._estimator.of(who.public_id, model),
             seed=zlib.crc32(who.public_id.encode()),
@@ -263,30 +285,32 @@ class Limiter:
         """Reserve what a request will need, or say why not; yields the store's answer where that is not known here.
         ``who`` stands for the request and its repetitions."""
         if not plan.limits:
-            return Hold(self, plan, facts, None, (), None)
+            return Hold(self, plan, facts, None, None, (), None)
         size = self.estimate(plan, facts)
-        too_large = self._never_fits(plan, facts)
-        if too_large is not None:
-            return too_large
+        if facts.least > plan.roomy:
+            too_large = self._never_fits(plan, facts)
+            if too_large is not None:
+                return too_large
         for at in plan.cuts:
             limit = plan.limits[at]
             most = self._affordable(plan, facts, size, limit.shape.capacity, limit.counts)
             size = Size(size.prompt, min(size.output, max(0, most) * facts.answers))
-        wanted = self._wanted(plan, size)
+        needs, wanted = self._wanted(plan, size)
         verdict = self.store.reserve(plan.buckets, wanted, who, first=facts.first)
         if not isinstance(verdict, Granted):
             verdict = yield from self._decided(plan, wanted, verdict)
         if isinstance(verdict, Refused) and verdict.index in plan.cuts:
             shorter = self._shortened(plan, facts, size, verdict.buckets[verdict.index], verdict.index)
             if shorter is not None:
-                size, wanted = shorter, self._wanted(plan, shorter)
+                size = shorter
+                needs, wanted = self._wanted(plan, size)
                 verdict = self.store.reserve(plan.buckets, wanted, who, first=facts.first)
                 verdict = yield from self._decided(plan, wanted, verdict)
         if isinstance(verdict, Refused):
             return self._refuse(plan, facts, wanted, verdict)
         if plan.cuts:
             self._cut(plan, facts, size, verdict.levels)
-        return Hold(self, plan, facts, size, wanted, verdict)
+        return Hold(self, plan, facts, size, needs, wanted, verdict)
 
     def _decided(
         self, plan: Plan, wanted: Sequence[int], verdict: Verdict | asyncio.Future[Verdict]
@@ -315,11 +339,10 @@ class Limiter:
 
     def _never_fits(self, plan: Plan, facts: Facts) -> Refusal | None:
         """Refuse what is larger than a whole bucket by what the client stated, or at the very least."""
-        prompt = facts.counted if facts.counted is not None else facts.size // LONGEST_TOKEN
-        output = (facts.stated or 0) * facts.answers
-        if prompt + output <= plan.roomy or not facts.route.charged:
+        if not facts.route.charged:
             return None
-        least = Size(prompt, output)
+        output = (facts.stated or 0) * facts.answers
+        least = Size(facts.least - output, output)
         needs = amounts(least, plan.weights, plan.prices)
         for limit in plan.limits:
             asked = needs[limit.counts]
@@ -327,14 +350,15 @@ class Limiter:
                 return never_fits(limit, asked, facts.model)
         return None
 
-    def _wanted(self, plan: Plan, size: Size) -> list[int]:
-        """Return what is wanted of each bucket."""
+    @staticmethod
+    def _wanted(plan: Plan, size: Size) -> tuple[Sequence[int] | None, Sequence[int]]:
+        """Return what is wanted by kind and of each bucket; None by kind where one does not hold as much."""
         needs = amounts(size, plan.weights, plan.prices)
-        wanted = [needs[at] for at in plan.counts]
+        wanted = plan.spread(needs)
         if plan.cuts or size.prompt + size.output > plan.roomy:
             # An estimate that is more than a bucket holds takes all of it: what can never fit is refused on facts only.
-            return [min(want, shape.capacity) for want, shape in zip(wanted, plan.buckets.shapes, strict=True)]
-        return wanted
+            return None, [min(want, shape.capacity) for want, shape in zip(wanted, plan.buckets.shapes, strict=True)]
+        return needs, wanted
 
     def _refuse(self, plan: Plan, facts: Facts, wanted: Sequence[int], refused: Refused) -> Refusal:
         limit = plan.limits[refused.index]
@@ -407,12 +431,21 @@ def read_facts(
     """Read off a body what its size can be estimated by. ``media``: how many images and the like are in it, and their
     bytes."""
     parts, text = media[0], size - media[1]
-    return Facts(route, model, fields, text, parts, _answers(route, fields), stated, _counted(fields), first)
+    answers, counted = _answers(route, fields), _counted(fields)
+    least = (text // LONGEST_TOKEN if counted is None else counted) + (stated or 0) * answers
+    return Facts(route, model, fields, text, parts, answers, stated, counted, first, least)
 
 
 def who_asks(plan: Plan, body: bytes) -> int:
     """Return what stands for a request and its repetitions: never 0."""
     return zlib.crc32(body, plan.seed) + _NOT_ZERO
+
+
+def _spread(limits: Sequence[Limit]) -> Callable[[Sequence[int]], tuple[int, ...]]:
+    counts = [int(limit.counts) for limit in limits]
+    if len(counts) > 1:
+        return itemgetter(*counts)
+    return lambda amounts: tuple(amounts[at] for at in counts)
 
 
 def _learn(facts: Facts, plan: Plan, used: Size, events: int) -> None:

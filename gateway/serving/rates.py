@@ -45,7 +45,7 @@ class Family(msgspec.Struct, frozen=True):
     is left and when all of it is back."""
 
     which: tuple[int, ...]
-    lines: tuple[bytes, ...]
+    lines: dict[int, bytes]
 
 
 def families(limits: Sequence[Limit]) -> tuple[Family, ...]:
@@ -54,7 +54,7 @@ def families(limits: Sequence[Limit]) -> tuple[Family, ...]:
     for counts, name in _FAMILIES:
         which = tuple(at for at, limit in enumerate(limits) if limit.counts is counts and not limit.budget)
         if which:
-            found.append(Family(which, tuple(_lines(name, limits[at].shape.capacity // UNIT) for at in which)))
+            found.append(Family(which, {at: _lines(name, limits[at].shape.capacity // UNIT) for at in which}))
     return tuple(found)
 
 
@@ -67,10 +67,10 @@ def rate_headers(about: Sequence[Family], levels: Levels, standing: Standing) ->
     """Return the lines `x-ratelimit-…` of the buckets with the least left, as OpenAI has them."""
     lines = b"" if standing is _STORE else b"x-forebay-limits: %b\r\n" % standing.value.encode("ascii")
     for family in about:
-        position, left, full = levels.least(family.which)
+        at, left, full = levels.least(family.which)
         milliseconds = -(-full // 1000)
         reset = _MILLISECONDS[milliseconds] if milliseconds < 1000 else go_duration(full).encode("ascii")
-        lines += family.lines[position] % (left // UNIT if left > 0 else 0, reset)
+        lines += family.lines[at] % (left // UNIT if left > 0 else 0, reset)
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gateway.metrics import Metrics
-from gateway.serving.limiter import NO_CHARGES, Hold
+from gateway.serving.limiter import Charges, Hold
 from gateway.serving.meter import Usage
 
 if TYPE_CHECKING:
@@ -182,7 +182,8 @@ class Ticket:
         self.settlement = ""
         self.cost = 0
         """In nano-dollars."""
-        self.charges = NO_CHARGES
+        self.charges: Charges | None = None
+        """What its limits were charged, where it fell under any."""
         self.refused_by = ""
         """The bucket that refused it."""
         self.tried: list[Attempt] = []

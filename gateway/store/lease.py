@@ -115,12 +115,10 @@ class Seen(msgspec.Struct, frozen=True, gc=False):
         return spare(lease.shape, lease.seen(self.now))
 
     def least(self, which: Sequence[int]) -> tuple[int, int, int]:
-        """Return which of several that refill has the least left, how much, and when it is full again."""
-        found = [self.leases[at].seen(self.now) for at in which]
-        levels = [bucket.level for bucket in found]
-        left = min(levels)
-        position = levels.index(left)
-        return position, left, until_full(self.leases[which[position]].shape, found[position])
+        """Return which of several that refill has the least left, how much, and in how many microseconds it is full."""
+        found = [(self.leases[at].seen(self.now), at) for at in which]
+        bucket, at = min(found, key=lambda one: one[0].level)
+        return at, bucket.level, until_full(self.leases[at].shape, bucket)
 
 
 class Share:

@@ -57,13 +57,17 @@ class Buckets(msgspec.Struct, frozen=True):
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
 
+    def some(self, which: Sequence[int]) -> Buckets:
+        """Return those at these positions."""
+        return Buckets(tuple(self.names[at] for at in which), tuple(self.shapes[at] for at in which))
+
     def draws(self, amounts: Sequence[int]) -> tuple[Draw, ...]:
         """Return what is drawn from each."""
         return tuple(map(Draw, self.names, self.shapes, amounts))
 
 
 Scarcest = tuple[int, int, int]
-"""The position among those that were asked for, what is left in units, and the microseconds until it is full again."""
+"""The position of a bucket, what is left in it in units, and the microseconds until it is full again."""
 
 
 class Levels(Protocol):
@@ -90,11 +94,8 @@ class Known(msgspec.Struct, frozen=True, gc=False):
 
     def least(self, which: Sequence[int]) -> Scarcest:
         """Return which of several that refill has the least left."""
-        lefts = list(map(self.left, which))
-        left = min(lefts)
-        position = lefts.index(left)
-        at = which[position]
-        return position, left, until_full(self.shapes[at], self.buckets[at])
+        at = min(which, key=self.left)
+        return at, self.left(at), until_full(self.shapes[at], self.buckets[at])
 
 
 class Granted(msgspec.Struct, frozen=True, gc=False):

@@ -106,12 +106,11 @@ def test_the_store_in_memory_is_the_pure_functions(data: st.DataObject) -> None:
                 assert [told.levels.left(at) for at in range(3)] == [spare(shape, bucket) for shape, bucket in kept]
                 refilled = [at for at, shape in enumerate(of.shapes) if shape.rate]
                 if refilled:
-                    position, left, full = told.levels.least(refilled)
-                    assert (position, left) == min((kept[at][1].level, number) for number, at in enumerate(refilled))[
-                        ::-1
-                    ]
+                    at, left, full = told.levels.least(refilled)
+                    least = min(kept[one][1].level for one in refilled)
+                    assert (left, kept[at][1].level) == (least, least)
                     # In doubles a wait may be a microsecond more.
-                    assert 0 <= until_full(*kept[refilled[position]]) - full <= 1
+                    assert 0 <= until_full(*kept[at]) - full <= 1
         else:
             backs = [amount - data.draw(st.integers(0, 3)) * amount for amount in amounts]
             store.settle(of, backs)
