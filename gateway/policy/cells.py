@@ -19,14 +19,16 @@ from gateway.policy.token_bucket import LARGEST, NEVER, Bucket, Shape
 
 
 class Cell(msgspec.Struct, gc=False):
-    """One bucket. ``full`` is the moment at which it will be, ``room`` all it holds, both in steps (-1 in an
-    odd one); ``odd`` is the bucket itself where it is of a calendar or has made promises."""
+    """One bucket. In steps: ``full`` is the moment at which it will be, ``room`` all it holds (-1 in an odd one), and
+    ``lack`` what it was short of that when it was last drawn on. ``odd`` is the bucket itself where it is of a calendar
+    or has made promises."""
 
     shape: Shape
     rate: int = 0
     per: int = 1
     room: int = 0
     full: int = 0
+    lack: int = 0
     odd: Bucket | None = None
 
     def put(self, shape: Shape, bucket: Bucket) -> None:
@@ -63,27 +65,24 @@ class Cell(msgspec.Struct, gc=False):
             self.full = min(max(self.full, base) - amount * self.per, deepest)
 
 
-class Drawn(msgspec.Struct, frozen=True, gc=False):
-    """What was left in cells after something was taken: ``lacks`` is what each is short of being full, in steps."""
-
-    cells: Sequence[Cell]
-    lacks: Sequence[int]
+class Cells(list[Cell]):
+    """Those that are drawn on together, and what is left in them as of the last time anybody drew on each."""
 
     def left(self, at: int) -> int:
         """Return what could be taken."""
-        cell = self.cells[at]
-        return (cell.room - self.lacks[at]) // cell.per
+        cell = self[at]
+        return (cell.room - cell.lack) // cell.per
 
     def least(self, which: Sequence[int]) -> tuple[int, int, int]:
         """Return which of several that refill has the least left, how much, and the microseconds until it is full."""
-        cells, lacks = self.cells, self.lacks
-        scarcest, least = 0, NEVER
+        scarcest, least = which[0], NEVER
         for at in which:
-            cell = cells[at]
-            left = (cell.room - lacks[at]) // cell.per
+            cell = self[at]
+            left = (cell.room - cell.lack) // cell.per
             if left < least:
                 scarcest, least = at, left
-        return scarcest, least, -(-lacks[scarcest] // cells[scarcest].rate)
+        cell = self[scarcest]
+        return scarcest, least, -(-cell.lack // cell.rate)
 
 
 def cell_of(shape: Shape, bucket: Bucket) -> Cell:
@@ -93,20 +92,24 @@ def cell_of(shape: Shape, bucket: Bucket) -> Cell:
     return cell
 
 
-def draw(cells: Sequence[Cell], shapes: Sequence[Shape], amounts: Sequence[int], now: int) -> Drawn | None:
-    """Take every amount where all is there and nothing is in the way, which is nearly always; else nothing: None."""
-    lacks: list[int] = []
+def draw(cells: Sequence[Cell], shapes: Sequence[Shape], amounts: Sequence[int], now: int) -> bool:
+    """Take every amount where all is there and nothing is in the way, which is nearly always; else take nothing."""
+    taken = 0
     for cell, shape, amount in zip(cells, shapes, amounts, strict=True):
-        if cell.shape is shape:
-            base = now * cell.rate
-            full = cell.full
-            full = (full if full > base else base) + amount * cell.per
-            lack = full - base
-            if lack <= cell.room:
-                cell.full = full
-                lacks.append(lack)
-                continue
-        for taken, again in zip(cells[: len(lacks)], amounts, strict=False):
-            taken.full -= again * taken.per
-        return None
-    return Drawn(cells, lacks)
+        if cell.shape is not shape:
+            break
+        base = now * cell.rate
+        full = cell.full
+        full = (full if full > base else base) + amount * cell.per
+        lack = full - base
+        if lack > cell.room:
+            break
+        cell.full = full
+        cell.lack = lack
+        taken += 1
+    else:
+        return True
+    for cell, amount in zip(cells[:taken], amounts, strict=False):
+        cell.full -= amount * cell.per
+        cell.lack -= amount * cell.per
+    return False

@@ -140,7 +140,7 @@ class Learned:
 
     @property
     def passes(self) -> bool:
-        """Whether the request that just ended need not be learned from: of what is well known one in four is enough,
+        """Whether the request that just ended need not be learned from: of what is well known one in eight is enough,
         and of what nothing limits one in sixteen."""
         if self._passes:
             self._passes -= 1
@@ -179,7 +179,7 @@ class Learned:
         if not limited:
             self._passes = self._lots.draw(31)
         elif own is None or own.total >= WELL_KNOWN:
-            self._passes = self._lots.draw(7)
+            self._passes = self._lots.draw(15)
         # What is new of a key is nothing new of its model.
         seldom = not self._passes and self._lots.draw(4) > 0
         if size or parts:

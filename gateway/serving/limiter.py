@@ -191,14 +191,14 @@ class Hold:
         return kind, 0 if kind is VOID else cost, charges
 
     def _give_back(self, kind: Settlement, used: Sequence[int]) -> Charges:
-        plan, reserved, needs = self._plan, self._amounts, self._needs
         # Slots and tokens in flight come back whole.
-        final = _NOTHING if kind is VOID else (*used[:_CONCURRENT], 0, 0)
+        plan, reserved, needs = self._plan, self._amounts, self._needs
+        tokens, money = used[1], used[2]
         if kind is EXACT and needs is not None:
-            back = (0, needs[1] - final[1], needs[2] - final[2], needs[3], needs[4])
+            back = (0, needs[1] - tokens, needs[2] - money, needs[3], needs[4])
             self._limiter.store.settle(plan.returning, plan.spread_back(back))
-            return Charges(plan, reserved, final, kept=False)
-        charges = Charges(plan, reserved, final, kept=kind is KEPT)
+            return Charges(plan, reserved, (UNIT, tokens, money, 0, 0), False)
+        charges = Charges(plan, reserved, _NOTHING if kind is VOID else (UNIT, tokens, money, 0, 0), kind is KEPT)
         self._limiter.store.settle(plan.buckets, [held - charged for _, _, held, charged in charges.lines()])
         return charges
 

@@ -68,7 +68,7 @@ def rate_headers(about: Sequence[Family], levels: Levels, standing: Standing) ->
     lines = b"" if standing is _STORE else b"x-forebay-limits: %b\r\n" % standing.value.encode("ascii")
     for family in about:
         at, left, full = levels.least(family.which)
-        milliseconds = -(-full // 1000)
+        milliseconds = (full + 999) // 1000
         reset = _MILLISECONDS[milliseconds] if milliseconds < 1000 else go_duration(full).encode("ascii")
         lines += family.lines[at] % (left // UNIT if left > 0 else 0, reset)
     return lines

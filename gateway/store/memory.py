@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from gateway.policy.cells import Cell, cell_of, draw
+from gateway.policy.cells import Cell, Cells, cell_of, draw
 from gateway.policy.reservation import Need, Short, take
 from gateway.policy.token_bucket import STEP, Bucket, fresh, refill
 from gateway.store.protocol import Buckets, Granted, Known, Refused, Standing, Verdict
@@ -38,9 +38,8 @@ class MemoryStore:
         now = self._now()
         shapes = buckets.shapes
         cells = self._of(buckets)
-        drawn = draw(cells, shapes, amounts, now)
-        if drawn is not None:
-            return Granted(drawn)
+        if draw(cells, shapes, amounts, now):
+            return Granted(cells)
         needs = list(map(Need, shapes, amounts))
         taken = take(needs, [cell.bucket(now) for cell in cells], now, who(), first=first)
         for cell, shape, bucket in zip(cells, shapes, taken.buckets, strict=True):
@@ -83,14 +82,14 @@ class MemoryStore:
         self._latest = now
         return now
 
-    def _of(self, buckets: Buckets) -> list[Cell]:
+    def _of(self, buckets: Buckets) -> Cells:
         try:
-            return list(map(self._cells.__getitem__, buckets.names))
+            return Cells(map(self._cells.__getitem__, buckets.names))
         except KeyError:
             return self._made(buckets, self._now())
 
-    def _made(self, buckets: Buckets, now: int) -> list[Cell]:
-        cells = []
+    def _made(self, buckets: Buckets, now: int) -> Cells:
+        cells = Cells()
         for name, shape in zip(buckets.names, buckets.shapes, strict=True):
             cell = self._cells.get(name)
             if cell is None:

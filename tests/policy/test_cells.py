@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.policy.cells import cell_of, draw
+from gateway.policy.cells import Cells, cell_of, draw
 from gateway.policy.reservation import Need, Short, give, take
 from gateway.policy.token_bucket import (
     LARGEST,
@@ -143,9 +143,11 @@ def test_a_debt_ends_where_it_ends_for_the_pure_functions(shape: Shape) -> None:
 def test_what_does_not_fit_leaves_no_trace_in_what_would_have() -> None:
     minute, slot = rate_shape(60, 60), Shape(1000, slots=True)
     cells = [cell_of(shape, fresh(shape, NOW)) for shape in (minute, slot)]
-    assert draw(cells, (minute, slot), (30_000, 1000), NOW) is not None
+    assert draw(cells, (minute, slot), (30_000, 1000), NOW)
     before = [cell.bucket(NOW) for cell in cells]
-    assert draw(cells, (minute, slot), (1000, 1), NOW) is None
+    left = [Cells(cells).left(at) for at in (0, 1)]
+    assert not draw(cells, (minute, slot), (1000, 1), NOW)
+    assert [Cells(cells).left(at) for at in (0, 1)] == left == [30_000, 0]
     assert [cell.bucket(NOW) for cell in cells] == before
 
 

@@ -116,11 +116,11 @@ def passed(one: Learned, requests: int, *, limited: bool) -> int:
     return count
 
 
-def test_of_what_is_well_known_one_in_four_is_enough() -> None:
+def test_of_what_is_well_known_one_in_eight_is_enough() -> None:
     estimator = Estimator()
     one = estimator.of("k", "m")
     assert passed(one, WELL_KNOWN - 1, limited=True) == 0
-    assert 2800 < passed(one, 4000, limited=True) < 3200
+    assert 6800 < passed(one, 8000, limited=True) < 7200
     assert passed(estimator.of("other", "m"), 10, limited=True) == 0
     # Nobody waits for an estimate of what nothing limits.
     assert 14_700 < passed(estimator.of("free", "m"), 16_000, limited=False) < 15_300
