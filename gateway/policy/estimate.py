@@ -62,7 +62,7 @@ class Sketch(msgspec.Struct):
         self.stale_in -= 1
         if self.stale_in <= 0 and self.total >= ENOUGH:
             self.known = self.quantile(QUANTILE)
-            self.stale_in = int(self.total) // 16
+            self.stale_in = max(4, int(self.total) // 16)
 
     def _halve(self) -> None:
         self.total = 0.0
@@ -140,8 +140,9 @@ class Learned:
 
     @property
     def passes(self) -> bool:
-        """Whether the request that just ended need not be learned from: of what is well known one in eight is enough,
-        and of what nothing limits one in sixteen."""
+        """Whether the request that just ended need not be learned from: of a key that is new on a model
+        that is well known one in three is enough, of one that is well known itself one in eight, and of what nothing
+        limits one in sixteen."""
         if self._passes:
             self._passes -= 1
             return True
@@ -176,12 +177,14 @@ class Learned:
     def learn(self, size: int, parts: int, prompt: int, output: int, answers: int, *, limited: bool) -> None:
         """Take what a request really used; ``size`` 0 where its prompt was given in tokens."""
         everybody, own = self._everybody, self._own
+        known = everybody.answers.total >= WELL_KNOWN
+        new = own is not None and own.total < WELL_KNOWN
         if not limited:
             self._passes = self._lots.draw(31)
-        elif own is None or own.total >= WELL_KNOWN:
-            self._passes = self._lots.draw(15)
+        elif known:
+            self._passes = self._lots.draw(5 if new else 15)
         # What is new of a key is nothing new of its model.
-        seldom = not self._passes and self._lots.draw(4) > 0
+        seldom = known and new and self._lots.draw(3) > 0
         if size or parts:
             sketch = everybody.parts if parts else everybody.of_size(size)
             if not seldom or sketch.total < WELL_KNOWN:

@@ -11,6 +11,7 @@ import asyncio
 import enum
 import zlib
 from collections.abc import Callable, Generator, Sequence
+from functools import lru_cache
 from operator import itemgetter
 
 import msgspec
@@ -21,7 +22,7 @@ from gateway.limits import Asker, Declared, applying, organisation_of, prices_of
 from gateway.metrics import Metrics
 from gateway.policy.estimate import Estimator, Learned
 from gateway.policy.limits import FREE, UNIT, Counts, Limit, Rates, Size, amounts
-from gateway.policy.token_bucket import NEVER, Bucket, spare
+from gateway.policy.token_bucket import NEVER, Bucket, Shape, spare
 from gateway.serving.dialect import OPENAI, Route
 from gateway.serving.meter import Usage
 from gateway.serving.pending import Pending
@@ -234,12 +235,14 @@ class Limiter:
         self._metrics = metrics
         self._clock = clock
         self._plans: dict[tuple[str, str, str, str], Plan] = {}
+        self._shapes: dict[Shape, Shape] = {}
         self._estimator = Estimator()
 
     def configure(self, known: Declared) -> None:
         """Take other declarations. What is in the buckets stays, by their names."""
         self.known = known
         self._plans.clear()
+        self._shapes.clear()
 
     # --- before -----------------------------------------------------------------------------------------------------
 
@@ -251,6 +254,7 @@ class Limiter:
             return plan
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
+            self._shapes.clear()
         plan = self._plans[named] = self._make_plan(who, model, pool, address)
         return plan
 
@@ -259,17 +263,20 @@ class Limiter:
         source = f"keys.{who.name}.limits" if who.source == "file" else f"database key {who.name}"
         asker = Asker(who.public_id, who.tenant, model, pool, address, who.limits, source)
         limits = applying(asker, known, self._clock())
-        buckets = Buckets(tuple(limit.bucket for limit in limits), tuple(limit.shape for limit in limits))
-        returning = [at for at, limit in enumerate(limits) if limit.counts is not _REQUESTS]
+        # One shape for all that are alike: a bucket that many keys share knows it again at a glance.
+        shapes = tuple(self._shapes.setdefault(limit.shape, limit.shape) for limit in limits)
+        buckets = Buckets(tuple(limit.bucket for limit in limits), shapes)
+        counts = [int(limit.counts) for limit in limits]
+        returning = [at for at, count in enumerate(counts) if count != _REQUESTS]
         weights, prices = weights_of(known.limits, model), prices_of(known.limits, model)
         return Plan(
             who=who,
             organisation=organisation_of(who.tenant, known) if who.public_id else "",
             limits=limits,
             buckets=buckets,
-            spread=_spread(limits),
+            spread=_spread(tuple(counts)),
             returning=buckets.some(returning),
-            spread_back=_spread([limits[at] for at in returning]),
+            spread_back=_spread(tuple(counts[at] for at in returning)),
             said=tuple(limit.counts.name.lower() for limit in limits),
             learned=self._estimator.of(who.public_id, model),
             seed=zlib.crc32(who.public_id.encode()),
@@ -441,8 +448,8 @@ def who_asks(plan: Plan, body: bytes) -> int:
     return zlib.crc32(body, plan.seed) + _NOT_ZERO
 
 
-def _spread(limits: Sequence[Limit]) -> Callable[[Sequence[int]], tuple[int, ...]]:
-    counts = [int(limit.counts) for limit in limits]
+@lru_cache(4096)
+def _spread(counts: tuple[int, ...]) -> Callable[[Sequence[int]], tuple[int, ...]]:
     if len(counts) > 1:
         return itemgetter(*counts)
     return lambda amounts: tuple(amounts[at] for at in counts)

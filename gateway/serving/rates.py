@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import msgspec
 
@@ -50,11 +51,17 @@ class Family(msgspec.Struct, frozen=True):
 
 def families(limits: Sequence[Limit]) -> tuple[Family, ...]:
     """Return the families of headers that limits have: rates on requests and on tokens, not budgets."""
+    return _families(tuple((None if limit.budget else limit.counts, limit.shape.capacity) for limit in limits))
+
+
+@lru_cache(4096)
+def _families(limits: tuple[tuple[Counts | None, int], ...]) -> tuple[Family, ...]:
+    # The same for all that are alike: they stay near the processor.
     found = []
     for counts, name in _FAMILIES:
-        which = tuple(at for at, limit in enumerate(limits) if limit.counts is counts and not limit.budget)
+        which = tuple(at for at, limit in enumerate(limits) if limit[0] is counts)
         if which:
-            found.append(Family(which, {at: _lines(name, limits[at].shape.capacity // UNIT) for at in which}))
+            found.append(Family(which, {at: _lines(name, limits[at][1] // UNIT) for at in which}))
     return tuple(found)
 
 

@@ -163,3 +163,10 @@ def test_another_shape_keeps_what_is_in_the_bucket() -> None:
     assert isinstance(store.reserve(larger, [1000], lambda: 1), Granted)
     (bucket,) = run(store.look, larger)
     assert bucket.level == 9000
+
+
+def test_shapes_that_are_alike_are_one() -> None:
+    """Many keys share a tenant's bucket, each with a shape made for it."""
+    cells = Cells([cell_of(rate_shape(60, 60), fresh(rate_shape(60, 60), NOW))])
+    assert draw(cells, (rate_shape(60, 60),), (1000,), NOW)
+    assert not draw(cells, (rate_shape(61, 60),), (1000,), NOW)
