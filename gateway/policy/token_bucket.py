@@ -118,6 +118,12 @@ def refill(shape: Shape, bucket: Bucket, now: int) -> Bucket:
     return Bucket(level, now, part, epoch, bucket.promises)
 
 
+def set_back(shape: Shape, bucket: Bucket, latest: int, now: int) -> Bucket:
+    """Return a bucket as it was at ``latest``, for a clock that was wrong then and says ``now`` instead."""
+    bucket = refill(shape, bucket, latest)
+    return Bucket(bucket.level, now, bucket.part, bucket.epoch)
+
+
 def spare(shape: Shape, bucket: Bucket) -> int:
     """Return what could be taken now, promises aside; below zero in debt."""
     return shape.capacity + bucket.level if shape.slots else bucket.level

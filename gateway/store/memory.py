@@ -7,7 +7,7 @@ from itertools import islice
 
 from gateway.policy.cells import Cell, Cells, cell_of, draw
 from gateway.policy.reservation import Need, Short, take
-from gateway.policy.token_bucket import STEP, Bucket, fresh, refill
+from gateway.policy.token_bucket import STEP, Bucket, fresh, refill, set_back
 from gateway.store.protocol import Buckets, Granted, Known, Refused, Standing, Verdict
 
 MOST_BUCKETS = 100_000
@@ -78,7 +78,7 @@ class MemoryStore:
             if latest - now <= STEP:
                 return latest
             for cell in self._cells.values():
-                cell.put(cell.shape, refill(cell.shape, cell.bucket(latest), now))
+                cell.put(cell.shape, set_back(cell.shape, cell.bucket(latest), latest, now))
         self._latest = now
         return now
 
