@@ -16,7 +16,7 @@ from functools import lru_cache
 import msgspec
 
 from gateway.policy.reservation import give
-from gateway.policy.token_bucket import LARGEST, NEVER, Bucket, Shape
+from gateway.policy.token_bucket import LARGEST, Bucket, Shape
 
 
 class Cell(msgspec.Struct, gc=False):
@@ -82,13 +82,13 @@ class Cells(list[Cell]):
 
     def least(self, which: Sequence[int]) -> tuple[int, int, int]:
         """Return which of several that refill has the least left, how much, and the microseconds until it is full."""
-        scarcest, least = which[0], NEVER
-        for at in which:
-            cell = self[at]
-            left = (cell.room - cell.lack) // cell.per
+        scarcest, cell = which[0], self[which[0]]
+        least = (cell.room - cell.lack) // cell.per
+        for at in which[1:]:
+            other = self[at]
+            left = (other.room - other.lack) // other.per
             if left < least:
-                scarcest, least = at, left
-        cell = self[scarcest]
+                scarcest, cell, least = at, other, left
         return scarcest, least, -(-cell.lack // cell.rate)
 
 

@@ -85,10 +85,12 @@ class Size(msgspec.Struct, frozen=True, gc=False):
 def amounts(size: Size, weights: Rates, prices: Rates) -> tuple[int, int, int, int, int]:
     """Return what a request takes from a limit of each kind (``Counts``)."""
     tokens = (size.prompt + size.output) * UNIT
+    if weights is PLAIN and prices is FREE:
+        return UNIT, tokens, 0, UNIT, tokens
     return (
         UNIT,
-        tokens if weights is PLAIN else weights.cost(size.prompt, size.cached, size.output, size.reasoning),
-        0 if prices is FREE else prices.cost(size.prompt, size.cached, size.output, size.reasoning),
+        weights.cost(size.prompt, size.cached, size.output, size.reasoning),
+        prices.cost(size.prompt, size.cached, size.output, size.reasoning),
         UNIT,
         tokens,
     )

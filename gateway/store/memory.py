@@ -27,6 +27,8 @@ class MemoryStore:
         self._most = most
         self._cells: dict[str, Cell] = {}
         self._latest = 0
+        self._edition = object()
+        """Another one whenever a bucket is forgotten: what was found for somebody before may be none of these."""
 
     def __len__(self) -> int:
         return len(self._cells)
@@ -83,13 +85,12 @@ class MemoryStore:
         return now
 
     def _of(self, buckets: Buckets) -> Cells:
-        try:
-            return Cells(map(self._cells.__getitem__, buckets.names))
-        except KeyError:
-            return self._made(buckets, self._now())
-
-    def _made(self, buckets: Buckets, now: int) -> Cells:
+        memo = buckets.memo
+        if memo is not None and memo[0] is self._edition:
+            found: Cells = memo[1]
+            return found
         cells = Cells()
+        now = self._now()
         for name, shape in zip(buckets.names, buckets.shapes, strict=True):
             cell = self._cells.get(name)
             if cell is None:
@@ -98,6 +99,7 @@ class MemoryStore:
             cells.append(cell)
         # Room may have been made of the first for the last.
         self._cells.update(zip(buckets.names, cells, strict=True))
+        buckets.memo = self._edition, cells
         return cells
 
     def _make_room(self, now: int) -> None:
@@ -105,6 +107,7 @@ class MemoryStore:
         known = self._cells
         if len(known) < self._most:
             return
+        self._edition = object()
         for name in list(islice(known, _LOOKED_AT)):
             cell = known.pop(name)
             shape = cell.shape

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
@@ -50,12 +50,14 @@ class Draw(msgspec.Struct, frozen=True, gc=False):
     amount: int
 
 
-class Buckets(msgspec.Struct, frozen=True):
+class Buckets(msgspec.Struct):
     """Which buckets something is drawn from, by name, and what each of them is: made once for all requests that fall
     under the same limits."""
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
+    memo: tuple[object, Any] | None = None
+    """What a store has found for them, and by what it knows that this still holds: its own affair."""
 
     def some(self, which: Sequence[int]) -> Buckets:
         """Return those at these positions."""

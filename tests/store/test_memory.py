@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gateway.policy.token_bucket import SECOND, Shape, rate_shape
 from gateway.store.memory import MemoryStore
-from gateway.store.protocol import Draw, Granted, Refused
+from gateway.store.protocol import Buckets, Draw, Granted, Refused
 from tests.store.drawing import back, look, take
 
 NOW = 1_790_000_000 * SECOND
@@ -50,3 +50,23 @@ async def test_a_flood_of_names_in_use_stays_within_twice_the_bound() -> None:
     for number in range(5000):
         take(store, (Draw(f"client:{number}", MINUTE, 1000),), 0)
     assert len(store) <= 201
+
+
+async def test_what_was_found_for_somebody_is_looked_for_again_once_something_was_forgotten() -> None:
+    clock = Clock()
+    store = MemoryStore(clock, most=1)
+    held = Buckets(("held",), (SLOT,))
+    idle = Buckets(("idle",), (MINUTE,))
+    assert isinstance(store.reserve(idle, [1000], lambda: 0), Granted)
+    assert isinstance(store.reserve(held, [1000], lambda: 0), Granted)
+    clock.now += 60 * SECOND
+    for number in range(3):
+        store.reserve(Buckets((f"client:{number}",), (MINUTE,)), [0], lambda: 0)
+    assert "idle" not in store._cells
+    # Made anew, and drawn on where everybody finds it.
+    assert isinstance(store.reserve(idle, [60_000], lambda: 0), Granted)
+    assert isinstance(store.reserve(Buckets(("idle",), (MINUTE,)), [1000], lambda: 0), Refused)
+    store.settle(held, [1000])
+    assert [b.level for b in await store.look(held)] == [0]
+    another = MemoryStore(clock)
+    assert isinstance(another.reserve(idle, [60_000], lambda: 0), Granted)
