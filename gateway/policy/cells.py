@@ -18,11 +18,14 @@ import msgspec
 from gateway.policy.reservation import give
 from gateway.policy.token_bucket import LARGEST, Bucket, Shape
 
+_NEVER = 1 << 256
+"""Steps that no time and no amount reaches."""
+
 
 class Cell(msgspec.Struct, gc=False):
-    """One bucket. In steps: ``full`` is the moment at which it will be, ``room`` all it holds (-1 in an odd one), and
-    ``lack`` what it was short of that when it was last drawn on. ``odd`` is the bucket itself where it is of a calendar
-    or has made promises."""
+    """One bucket. In steps: ``full`` is the moment at which it will be (never, in an odd one, so that nothing is drawn
+    from it here), ``room`` all it holds, and ``lack`` what it was short of that when it was last drawn on. ``odd`` is
+    the bucket itself where it is of a calendar or has made promises."""
 
     shape: Shape
     rate: int = 0
@@ -36,11 +39,11 @@ class Cell(msgspec.Struct, gc=False):
         """Hold what a bucket does."""
         self.shape = shape
         self.rate, self.per = (0, 1) if shape.slots else (shape.rate, shape.per)
-        self.odd = bucket if shape.ends or bucket.promises else None
-        # Nothing fits into an odd one, so that drawing needs one look less.
-        self.room = _room(shape) if self.odd is None else -1
+        self.room = _room(shape)
         most = 0 if shape.slots else shape.capacity
-        self.full = (most - bucket.level) * self.per - bucket.part + bucket.at * self.rate
+        self.lack = (most - bucket.level) * self.per - bucket.part
+        self.odd = bucket if shape.ends or bucket.promises else None
+        self.full = self.lack + bucket.at * self.rate if self.odd is None else _NEVER
 
     def bucket(self, now: int) -> Bucket:
         """Return it as a bucket."""

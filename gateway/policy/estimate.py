@@ -138,9 +138,8 @@ class Learned:
         self._own = own
         self._passes = 0
 
-    @property
     def passes(self) -> bool:
-        """Whether the request that just ended need not be learned from: of a key that is new on a model
+        """Return whether the request that just ended need not be learned from: of a key that is new on a model
         that is well known one in three is enough, of one that is well known itself one in eight, and of what nothing
         limits one in sixteen."""
         if self._passes:

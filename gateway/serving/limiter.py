@@ -187,14 +187,14 @@ class Hold:
             charges = self._give_back(kind, size)
         elif plan.prices is not FREE:
             cost = plan.prices.cost(used.prompt, used.cached, used.output, used.reasoning)
-        if kind is EXACT and not plan.learned.passes:
+        if kind is EXACT and not plan.learned.passes():
             _learn(self._facts, plan, used, events)
         return kind, 0 if kind is VOID else cost, charges
 
     def _give_back(self, kind: Settlement, used: Sequence[int]) -> Charges:
-        # Slots and tokens in flight come back whole.
         plan, reserved, needs = self._plan, self._amounts, self._needs
-        tokens, money = used[1], used[2]
+        # What is counted at once comes back whole.
+        tokens, money = used[_TOKENS], used[_MONEY]
         if kind is EXACT and needs is not None:
             back = (0, needs[1] - tokens, needs[2] - money, needs[3], needs[4])
             self._limiter.store.settle(plan.returning, plan.spread_back(back))

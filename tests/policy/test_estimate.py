@@ -109,7 +109,7 @@ def passed(one: Learned, requests: int, *, limited: bool) -> int:
     """Of so many requests, those that were not learned from."""
     count = 0
     for _ in range(requests):
-        if one.passes:
+        if one.passes():
             count += 1
         else:
             one.learn(0, 0, 0, 10, 1, limited=limited)

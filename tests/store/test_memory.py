@@ -70,3 +70,13 @@ async def test_what_was_found_for_somebody_is_looked_for_again_once_something_wa
     assert [b.level for b in await store.look(held)] == [0]
     another = MemoryStore(clock)
     assert isinstance(another.reserve(idle, [60_000], lambda: 0), Granted)
+
+
+async def test_what_one_was_told_to_wait_for_is_not_missing_from_what_another_is_told_is_left() -> None:
+    store = MemoryStore(Clock())
+    of = Buckets(("a", "b"), (MINUTE, SLOT))
+    granted = store.reserve(of, [40_000, 0], lambda: 1)
+    assert isinstance(granted, Granted)
+    assert isinstance(store.reserve(of, [40_000, 0], lambda: 2), Refused)
+    assert [granted.levels.left(at) for at in (0, 1)] == [20_000, 1000]
+    assert granted.levels.least([0]) == (0, 20_000, 40 * SECOND)
