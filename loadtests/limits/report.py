@@ -116,9 +116,7 @@ def _rate(report: Report, seen: Seen, name: str, bucket: str, limit: Rate) -> No
         return
     use = use_of(taken, limit.burst, limit.rate)
     excess = limit.burst * UNIT if seen.fault.excess else 0
-    # Of writes that the new primary never saw: as much as was reserved in the busiest time of that length.
-    lost = _busiest(taken, seen.happened.lag + 0.1) if seen.fault.sentinel else 0
-    most = excess + lost
+    most = excess + _never_seen(seen, taken)
     returned = _returned(seen, bucket.split(":")[1])
     ready = _standing_ready(returned, bucket, use.window)
     least = _least(seen, use, limit, ready)
@@ -321,12 +319,22 @@ def _left(report: Report, seen: Seen) -> None:
     for bucket, level in sorted(seen.levels.items()):
         if "tokens-budget" in bucket:
             lacks = balance(charged.get(bucket, 0), level, BUDGET * UNIT)
-            most = _may_lack(seen, bucket)
+            # A new primary may not have seen what was taken, nor what came back.
+            forgotten = _never_seen(seen, taken_of(seen.rows, bucket))
+            most = _may_lack(seen, bucket) + forgotten
             report.demand(
-                0 <= lacks <= most,
-                f"{bucket}: the store lacks {_units(lacks)} beyond the ledger, {_units(most)} may be",
+                -forgotten <= lacks <= most,
+                f"{bucket}: the store lacks {_units(lacks)} beyond the ledger,"
+                f" {_units(-forgotten)} to {_units(most)} may be",
             )
-            report.said.append(f"{bucket}: the store less the ledger {_units(lacks)} (may be {_units(most)})")
+            report.said.append(
+                f"{bucket}: the store less the ledger {_units(lacks)} (may be {_units(-forgotten)} to {_units(most)})"
+            )
+
+
+def _never_seen(seen: Seen, taken: Sequence[Taken]) -> int:
+    """Of writes that a new primary never saw: as much as was reserved in the busiest time of that length."""
+    return _busiest(taken, seen.happened.lag + 0.1) if seen.fault.sentinel else 0
 
 
 def _may_lack(seen: Seen, bucket: str) -> int:

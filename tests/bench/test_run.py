@@ -23,6 +23,7 @@ def _nginx_is_there() -> bool:
     return True
 
 
+@pytest.mark.load
 @pytest.mark.skipif(not compiler_is_there(), reason="there is no C compiler")
 @pytest.mark.skipif(not _nginx_is_there(), reason="nginx is not installed")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="the bench needs two cores")

@@ -98,7 +98,7 @@ def seen(shape: Shape, bucket: Bucket) -> tuple[object, ...]:
     return bucket.level, bucket.part, bucket.promises, at
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(st.data())
 def test_the_store_in_memory_is_the_pure_functions(data: st.DataObject) -> None:
     of = Buckets(NAMES, tuple(data.draw(st.tuples(shapes, shapes, shapes))))
