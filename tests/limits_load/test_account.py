@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from gateway.policy.limits import UNIT
 from gateway.state.database import upgrade
 from gateway.state.usage import UsageRow, UsageStore
 from loadtests.limits.account import Kind, Part, Row, Taken, by_kind, read_rows, rooms, slots_of, taken_of, use_of
 from loadtests.limits.faults import FAULTS, Happened
-from loadtests.limits.fleet import LEAVES, STAYS, Plan
+from loadtests.limits.fleet import BUDGET, LEAVES, STAYS, Plan
 from loadtests.limits.report import Seen, report_of
 from loadtests.limits.traffic import Asked, Manner
 
@@ -109,3 +112,19 @@ def test_a_ledger_that_does_not_say_what_engine_and_client_say_is_found_out() ->
     assert "1 rows say something else" in problems([replace(row, output=25)], [told])
     hung = Asked("c2-0", "asks", 0, STAYS, Manner.WHOLE, 0.0, 9.0, error="hung")
     assert "failed: {'hung': 1}" in problems([row], [told, hung])
+
+
+@pytest.mark.parametrize(("fault", "keeps"), [("none", 0), ("failover", 5000)])
+def test_a_budget_keeps_only_what_a_new_primary_never_saw(fault: str, keeps: int) -> None:
+    bucket = "tenant:asks:tokens-budget/month"
+    slot = Part("tenant:holds:concurrent", "concurrent", 1000, 0)
+    row = replace(ROW, parts=(slot, Part(bucket, "tokens", 5000, 5000)))
+    told = Asked("c1-0", "asks", 0, STAYS, Manner.WHOLE, 0.0, 1.0, 200, prompt=40, output=24)
+    whole = replace(
+        seen([row], [told], 64), fault=FAULTS[fault], plan=Plan(1, budgets=True), levels={bucket: BUDGET * UNIT - 5000}
+    )
+    assert "store lacks" not in "\n".join(report_of(whole).problems)
+    forgotten = replace(whole, levels={bucket: BUDGET * UNIT - 5000 + keeps})
+    assert "store lacks" not in "\n".join(report_of(forgotten).problems)
+    more = replace(whole, levels={bucket: BUDGET * UNIT - 5000 + keeps + 1})
+    assert "the store lacks -" in "\n".join(report_of(more).problems)
