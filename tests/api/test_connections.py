@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.api.protocol import LINGER, LINGER_BYTES, MAX_PIPELINED
+from gateway.api.protocol import LINGER, LINGER_BYTES, MAX_PIPELINED, DefaultLines
 from gateway.settings import Bounds, Listen, Tls
 from tests.conftest import Connect
 from tests.support.client import RawClient, Response, request_bytes
@@ -697,3 +697,10 @@ async def test_clients_come_over_a_unix_socket(
     gateway = await start_gateway(upstream, listen=Listen(unix_socket=path, face=face))
     await use(connect, f"unix:{path}", upstream, None)
     assert {line.get("client", "") for line in gateway.lines("request")} == {""}
+
+
+def test_uvicorn_s_own_headers_are_written_as_it_last_made_them() -> None:
+    lines = DefaultLines()
+    assert lines.of([(b"date", b"one")]) == b"date: one\r\n"
+    later = [(b"date", b"two"), (b"server", b"x")]
+    assert lines.of(later) == lines.of(later) == b"date: two\r\nserver: x\r\n"

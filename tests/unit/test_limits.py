@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from gateway.api.auth import ANONYMOUS
+from gateway.api.routes import RELAYED
 from gateway.limits import (
     Asker,
     Limits,
@@ -23,8 +26,11 @@ from gateway.limits import (
     prices_of,
     weights_of,
 )
+from gateway.metrics import Metrics
 from gateway.policy.limits import Counts, Rates, Size, amounts
 from gateway.policy.token_bucket import SECOND
+from gateway.serving.limiter import Limiter, Settlement, read_facts
+from gateway.store.memory import MemoryStore
 
 NOW = int(datetime(2026, 11, 24, 15, 30, tzinfo=UTC).timestamp()) * SECOND
 
@@ -173,3 +179,23 @@ def test_a_moment_lies_in_its_period_and_periods_follow_each_other(second: int, 
     assert starts <= now < ends
     assert calendar(period, ZoneInfo(zone), ends)[0] == ends
     assert calendar(period, ZoneInfo(zone), ends - SECOND)[0] == starts
+
+
+async def test_what_is_kept_is_what_was_reserved_though_more_was_estimated() -> None:
+    """A request estimated at more than a bucket holds takes all of it, and nobody ever learns what it used."""
+    record = replace(ANONYMOUS, name="alice", tenant="search", public_id="alice")
+    limits = Limits.model_validate({"defaults": {"key": {"tokens": {"rate": "100/m", "burst": 200}, "concurrent": 3}}})
+    store = MemoryStore(lambda: NOW)
+    limiter = Limiter(store, declared(limits), Metrics(10), lambda: NOW)
+    plan = limiter.plan(record, "m", "pool", "")
+    facts = read_facts(RELAYED["/v1/chat/completions"], "m", {}, None, 2000, (0, 0), True)
+    with pytest.raises(StopIteration) as ended:
+        next(limiter.admit(plan, facts, lambda: 1))
+    hold = ended.value.value
+    kind, _, charges = hold.settle(None, 0, whole=False, accepted=True)
+    assert kind is Settlement.KEPT
+    assert [(said, reserved, charged) for _, said, reserved, charged in charges.lines()] == [
+        ("tokens", 200_000, 200_000),
+        ("concurrent", 1000, 0),
+    ]
+    assert [bucket.level for bucket in await store.look(plan.buckets)] == [0, 0]
