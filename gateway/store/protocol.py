@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -41,9 +41,6 @@ class Turn(enum.StrEnum):
 
 class Draw(msgspec.Struct, frozen=True, gc=False):
     """What a request takes from one bucket, or gives back to it: ``amount`` in 1/1000."""
-
-    more: ClassVar[int] = 0
-    """Nothing beyond: requests lease nothing."""
 
     bucket: str
     shape: Shape
