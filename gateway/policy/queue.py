@@ -1,0 +1,478 @@
+"""Who waits for an engine, who is next, and who is refused.
+
+Law of this file: time is an argument; nobody is woken here. ``enter`` and ``next`` say what is to be done, the shell
+does it.
+
+    line   those who wait for the same engines
+    class  inside a line: a better class goes first, but of ten turns one is for whoever has waited too long
+    flow   inside a class: a tenant's requests; flows share by virtual counters of service (``fairness``)
+    turn   inside a flow: the earliest deadline first, equal ones in the order they came
+
+Whoever is next and does not fit yet is waited for: nobody smaller slips past, or a large request would starve.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from gateway.policy.fairness import Shares
+
+TURNS = 10
+"""Of so many turns one is for a class that has waited too long."""
+LONGEST_RETRY = 60.0
+"""Seconds after which a refused request is told to come back at most: SDKs take no longer time by its word."""
+SHORTEST_RETRY = 0.1
+HORIZON = 20.0
+"""Seconds by which the past of a drain counts: what was drained so long ago weighs a third."""
+KNOWN_AFTER = 4
+"""Requests that must have left a line before its pace is believed."""
+MOST_TOLD = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRules:
+    """``requests``, ``tokens`` and ``bytes`` that may wait at once; ``aged``: seconds after which a class that was
+    passed over has waited too long."""
+
+    requests: int = 2048
+    tokens: int = 16_000_000
+    bytes: int = 256 * 1024 * 1024
+    aged: float = 5.0
+
+
+class Why(Enum):
+    """Why a request may not wait; a metric label."""
+
+    FULL = "full"
+    """As much waits as may."""
+    LATE = "late"
+    """It would still be waiting when its time is over."""
+    DISPLACED = "displaced"
+    """It waited, and had to make room: its tenant had more waiting than others, or somebody better came."""
+    EXPIRED = "expired"
+    """Its time was over before its turn came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """``retry_after``: seconds after which there is probably room. ``wait``: seconds it would have to wait."""
+
+    why: Why
+    retry_after: float
+    wait: float
+
+
+class Waiting:
+    """One request that waits. ``rank``: its class, 0 the best; ``cost``: its service as shares count it; ``size``:
+    bytes it holds meanwhile; ``waiter``: whoever is told when it is its turn."""
+
+    __slots__ = (
+        "arrived",
+        "cost",
+        "deadline",
+        "flow",
+        "gone",
+        "line",
+        "rank",
+        "size",
+        "tenant",
+        "tokens",
+        "waiter",
+        "weight",
+    )
+
+    def __init__(
+        self,
+        tenant: str,
+        arrived: float,
+        deadline: float,
+        *,
+        rank: int = 0,
+        weight: float = 1.0,
+        cost: float = 1.0,
+        tokens: int = 0,
+        size: int = 0,
+        waiter: Any = None,
+    ) -> None:
+        self.tenant = tenant
+        self.arrived = arrived
+        self.deadline = deadline
+        self.rank = rank
+        self.weight = weight
+        self.cost = cost
+        self.tokens = tokens
+        self.size = size
+        self.waiter = waiter
+        self.line: Line | None = None
+        self.flow: _Flow | None = None
+        self.gone = False
+
+
+class Drain:
+    """At what pace a line empties while somebody waits in it, in cost a second; the past fades."""
+
+    __slots__ = ("_cost", "_left", "_since", "_time")
+
+    def __init__(self) -> None:
+        self._cost = self._time = 0.0
+        self._left = 0
+        self._since: float | None = None
+
+    def begin(self, now: float) -> None:
+        """Take that somebody waits from now on."""
+        self._since = now
+
+    def took(self, cost: float, now: float) -> None:
+        """Take that somebody had his turn."""
+        since = now if self._since is None else self._since
+        gone = max(0.0, now - since)
+        fade = math.exp(-gone / HORIZON)
+        self._cost = self._cost * fade + cost
+        self._time = self._time * fade + gone
+        self._left += 1
+        self._since = now
+
+    def end(self) -> None:
+        """Take that nobody waits any more."""
+        self._since = None
+
+    def rate(self, now: float) -> float | None:
+        """Return the pace, None while it is not known."""
+        if self._left < KNOWN_AFTER:
+            return None
+        time = self._time + (max(0.0, now - self._since) if self._since is not None else 0.0)
+        return self._cost / time if time > 0 else None
+
+
+class _Flow:
+    """One tenant's requests in one class of one line."""
+
+    __slots__ = ("cost", "count", "entry", "heap", "tenant", "weight")
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self.weight = 1.0
+        self.heap: list[tuple[float, int, Waiting]] = []
+        self.count = 0
+        self.cost = 0.0
+        self.entry = 0
+        """Which entry among the flows is its present one."""
+
+    def first(self) -> Waiting:
+        heap = self.heap
+        while heap[0][2].gone:
+            heapq.heappop(heap)
+        return heap[0][2]
+
+    def tidy(self) -> None:
+        """Let go of those who left, before they outnumber those who wait."""
+        if len(self.heap) > 2 * self.count + 16:
+            self.heap = [entry for entry in self.heap if not entry[2].gone]
+            heapq.heapify(self.heap)
+
+
+class _Class:
+    """All flows of one class of one line."""
+
+    __slots__ = ("_arrivals", "_entries", "_heap", "cost", "count", "flows", "shares", "weight")
+
+    def __init__(self) -> None:
+        self.shares = Shares()
+        self.flows: dict[str, _Flow] = {}
+        self.count = 0
+        self.cost = 0.0
+        self.weight = 0.0
+        """Of all who wait, together."""
+        self._heap: list[tuple[float, int, _Flow]] = []
+        self._entries = 0
+        self._arrivals: deque[Waiting] = deque()
+
+    def add(self, item: Waiting, order: int) -> None:
+        flow = self.flows.get(item.tenant)
+        if flow is None:
+            flow = self.flows[item.tenant] = _Flow(item.tenant)
+            flow.weight = item.weight
+            self.weight += item.weight
+            self._queue(flow, self.shares.enter(item.tenant))
+        item.flow = flow
+        heapq.heappush(flow.heap, (item.deadline, order, item))
+        flow.count += 1
+        flow.cost += item.cost
+        self.count += 1
+        self.cost += item.cost
+        self._arrivals.append(item)
+
+    def drop(self, item: Waiting) -> None:
+        """Take somebody out, whether he leaves or has his turn."""
+        flow = item.flow
+        assert flow is not None
+        item.gone = True
+        flow.count -= 1
+        flow.cost -= item.cost
+        self.count -= 1
+        self.cost -= item.cost
+        if flow.count:
+            flow.tidy()
+        else:
+            flow.entry = 0
+            self.weight -= flow.weight
+            del self.flows[flow.tenant]
+        if not self.count:
+            # Sums of fractions: with nobody there they are nothing again.
+            self.cost = self.weight = 0.0
+            self._heap.clear()
+            self._arrivals.clear()
+        elif len(self._arrivals) > 2 * self.count + 16:
+            self._arrivals = deque(one for one in self._arrivals if not one.gone)
+
+    def first(self) -> Waiting:
+        """Return whose turn it is."""
+        heap = self._heap
+        while heap[0][2].entry != heap[0][1]:
+            heapq.heappop(heap)
+        return heap[0][2].first()
+
+    def oldest(self) -> float:
+        """Return when the one came that has waited longest."""
+        arrivals = self._arrivals
+        while arrivals[0].gone:
+            arrivals.popleft()
+        return arrivals[0].arrived
+
+    def charge(self, item: Waiting) -> None:
+        """Charge the flow of somebody whose turn it is, and see him out."""
+        flow = item.flow
+        assert flow is not None
+        counter = self.shares.serve(item.tenant, item.cost, item.weight)
+        self.drop(item)
+        if flow.count:
+            self._queue(flow, counter)
+
+    def settle(self, tenant: str, more: float, weight: float) -> None:
+        counter = self.shares.settle(tenant, more, weight)
+        flow = self.flows.get(tenant)
+        if flow is not None and counter is not None:
+            self._queue(flow, counter)
+
+    def _queue(self, flow: _Flow, counter: float) -> None:
+        self._entries += 1
+        flow.entry = self._entries
+        heapq.heappush(self._heap, (counter, self._entries, flow))
+        if len(self._heap) > 2 * len(self.flows) + 64:
+            self._heap = [entry for entry in self._heap if entry[2].entry == entry[1]]
+            heapq.heapify(self._heap)
+
+
+class Line:
+    """Those who wait for the same engines."""
+
+    def __init__(self, key: Hashable, classes: int) -> None:
+        self.key = key
+        self.classes = [_Class() for _ in range(classes)]
+        self.drain = Drain()
+        self.count = 0
+        self._turn = 0
+        self._told: dict[tuple[int, str], float] = {}
+
+    def turn_of(self, aged: float, now: float) -> int:
+        """Return the class whose turn it is; somebody must be waiting."""
+        waiting = [rank for rank, one in enumerate(self.classes) if one.count]
+        if len(waiting) > 1 and self._turn % TURNS == TURNS - 1:
+            oldest = min(waiting[1:], key=lambda rank: self.classes[rank].oldest())
+            if now - self.classes[oldest].oldest() >= aged:
+                return oldest
+        return waiting[0]
+
+    def taken(self, item: Waiting, now: float) -> None:
+        """Account for a turn."""
+        self._turn += 1
+        self.classes[item.rank].charge(item)
+        self.count -= 1
+        self.drain.took(item.cost, now)
+        if not self.count:
+            self.drain.end()
+
+    def wait(self, rank: int, tenant: str, weight: float, cost: float, now: float) -> float:
+        """Return the seconds somebody would wait who came now, 0 while the line's pace is not known.
+
+        All of better classes goes before, and all of his own; of each other tenant as much as is his share until then.
+        """
+        rate = self.drain.rate(now)
+        if not self.count or not rate:
+            return 0.0
+        ahead = sum(one.cost for one in self.classes[:rank])
+        own = self.classes[rank]
+        flow = own.flows.get(tenant)
+        mine = flow.cost if flow is not None else 0.0
+        others = own.weight - (flow.weight if flow is not None else 0.0)
+        return (ahead + mine + min(own.cost - mine, (mine + cost) * others / weight)) / rate
+
+    def promise(self, rank: int, tenant: str, cost: float, at: float, now: float) -> float:
+        """Return when somebody who is refused should come back, not before ``at``: each of a tenant's later than the
+        one before, at the pace at which the line empties, so that they do not all come at once."""
+        rate = self.drain.rate(now)
+        if len(self._told) >= MOST_TOLD:
+            self._told = {who: until for who, until in self._told.items() if until > now}
+        whose = rank, tenant
+        share = (cost / rate) if rate else 0.0
+        until = min(max(at, self._told.get(whose, 0.0)) + share, now + LONGEST_RETRY)
+        if len(self._told) < MOST_TOLD:
+            self._told[whose] = until
+        return until
+
+
+class Queue:
+    """All who wait at one gateway. ``classes``: how many there are."""
+
+    def __init__(self, rules: QueueRules, classes: int = 3) -> None:
+        self.rules = rules
+        self.classes = classes
+        self.count = 0
+        self.tokens = 0
+        self.bytes = 0
+        self._lines: dict[Hashable, Line] = {}
+        self._order = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def waiting(self, key: Hashable) -> int:
+        """Return how many wait in a line."""
+        line = self._lines.get(key)
+        return line.count if line is not None else 0
+
+    def line(self, key: Hashable) -> Line:
+        """Return the line of those who wait for the same engines, a new one where there is none."""
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = Line(key, self.classes)
+        return line
+
+    def look(self, key: Hashable, item: Waiting, now: float) -> Rejected | None:
+        """Tell whether somebody would be refused who came now. Nothing changes but when the next one is told to come
+        back."""
+        line = self._lines.get(key)
+        if line is None:
+            return None
+        wait = line.wait(item.rank, item.tenant, item.weight, item.cost, now)
+        patience = item.deadline - now
+        if wait > patience:
+            return self._refused(line, item, Why.LATE, now + wait - patience, now)
+        if self._full(item) and self._victim(item) is None:
+            return self._refused(line, item, Why.FULL, now, now)
+        return None
+
+    def enter(self, key: Hashable, item: Waiting, now: float) -> Rejected | Waiting | None:
+        """Let somebody wait; return who has to make room for him, mostly nobody, or why he may not."""
+        refused = self.look(key, item, now)
+        if refused is not None:
+            return refused
+        displaced = self._victim(item) if self._full(item) else None
+        if displaced is not None:
+            self.leave(displaced)
+        line = self.line(key)
+        item.line = line
+        self._order += 1
+        line.classes[item.rank].add(item, self._order)
+        if not line.count:
+            line.drain.begin(now)
+        line.count += 1
+        self._hold(item, 1)
+        return displaced
+
+    def displaced(self, item: Waiting, now: float, why: Why = Why.DISPLACED) -> Rejected:
+        """Return what somebody is told who waited and is refused after all."""
+        line = item.line
+        assert line is not None
+        return self._refused(line, item, why, now, now)
+
+    def leave(self, item: Waiting) -> None:
+        """Let go of somebody who waits no longer: he left, or his time is over."""
+        line = item.line
+        assert line is not None
+        assert not item.gone
+        line.classes[item.rank].drop(item)
+        line.count -= 1
+        if not line.count:
+            line.drain.end()
+        self._hold(item, -1)
+
+    def next(self, keys: Iterable[Hashable], fits: Callable[[Waiting], bool], now: float) -> Waiting | None:
+        """Return whose turn it is in any of the lines and see him out; None: nobody waits, or he does not fit yet."""
+        best: Waiting | None = None
+        for key in keys:
+            line = self._lines.get(key)
+            if line is None or not line.count:
+                continue
+            first = line.classes[line.turn_of(self.rules.aged, now)].first()
+            if best is None or (first.rank, first.arrived) < (best.rank, best.arrived):
+                best = first
+        if best is None or not fits(best):
+            return None
+        assert best.line is not None
+        best.line.taken(best, now)
+        self._hold(best, -1)
+        return best
+
+    def settle(self, item: Waiting, more: float) -> None:
+        """Correct what somebody who had his turn was charged by what he used beyond it."""
+        if item.line is not None and more:
+            item.line.classes[item.rank].settle(item.tenant, more, item.weight)
+
+    def forget(self, key: Hashable) -> list[Waiting]:
+        """Drop a line; return who waited in it, in the order they came."""
+        line = self._lines.pop(key, None)
+        if line is None:
+            return []
+        left = [item for one in line.classes for flow in one.flows.values() for _, _, item in flow.heap]
+        left = sorted((item for item in left if not item.gone), key=lambda item: item.arrived)
+        for item in left:
+            item.gone = True
+            self._hold(item, -1)
+        return left
+
+    def _hold(self, item: Waiting, sign: int) -> None:
+        self.count += sign
+        self.tokens += sign * item.tokens
+        self.bytes += sign * item.size
+
+    def _full(self, item: Waiting, without: Waiting | None = None) -> bool:
+        """Tell whether there is no room, also if one who waits were to leave."""
+        rules = self.rules
+        count, tokens, held = self.count, self.tokens, self.bytes
+        if without is not None:
+            count, tokens, held = count - 1, tokens - without.tokens, held - without.size
+        if count >= rules.requests:
+            return True
+        # One alone may be larger than all of it: it would never be served otherwise.
+        return bool(count) and (tokens + item.tokens > rules.tokens or held + item.size > rules.bytes)
+
+    def _flows(self, rank: int) -> Iterator[_Flow]:
+        for line in self._lines.values():
+            yield from line.classes[rank].flows.values()
+
+    def _victim(self, item: Waiting) -> Waiting | None:
+        """Return who makes room: of the worst class that is worse than his whoever has most waiting, or of his own one
+        that has more waiting for its weight than he with this request. None: nobody, or it would not be enough."""
+        for rank in range(self.classes - 1, item.rank - 1, -1):
+            flow = max(self._flows(rank), key=lambda one: one.cost / one.weight, default=None)
+            if flow is None:
+                continue
+            if rank == item.rank:
+                own = sum(one.cost for one in self._flows(rank) if one.tenant == item.tenant)
+                if flow.tenant == item.tenant or flow.cost / flow.weight <= (own + item.cost) / item.weight:
+                    return None
+            last = max((entry for entry in flow.heap if not entry[2].gone), key=lambda entry: entry[:2])[2]
+            return None if self._full(item, last) else last
+        return None
+
+    def _refused(self, line: Line, item: Waiting, why: Why, at: float, now: float) -> Rejected:
+        until = line.promise(item.rank, item.tenant, item.cost, at, now)
+        retry_after = min(LONGEST_RETRY, max(SHORTEST_RETRY, until - now))
+        return Rejected(why, retry_after, line.wait(item.rank, item.tenant, item.weight, item.cost, now))

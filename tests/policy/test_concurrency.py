@@ -1,0 +1,116 @@
+"""How much an endpoint is given at once."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.policy.concurrency import ConcurrencyRules, Limit, Targets, Told, Window, first_limit, hear, p95, step
+
+RULES = ConcurrencyRules(targets=Targets(ttft=1.0, inter_token=0.05), most=200)
+
+
+def window(gap: float, peak: int, count: int = 20, ttft: float = 0.1) -> Window:
+    seen = Window()
+    seen.peak = peak
+    for _ in range(count):
+        seen.gap(gap)
+        seen.first_token(ttft)
+    return seen
+
+
+times = st.floats(0, 10, allow_nan=False)
+
+
+@given(
+    windows=st.lists(st.tuples(times, times, st.integers(0, 300), st.integers(0, 40)), max_size=30),
+    least=st.integers(1, 4),
+)
+def test_the_limit_never_falls_below_its_least_nor_exceeds_its_most(
+    windows: list[tuple[float, float, int, int]], least: int
+) -> None:
+    """Whatever is seen."""
+    rules = ConcurrencyRules(targets=RULES.targets, least=least, most=64)
+    limit = first_limit(rules)
+    now = 0.0
+    for gap, ttft, peak, count in windows:
+        now += 0.7
+        limit = step(limit, window(gap, peak, count, ttft), peak, now, rules)
+        assert least <= limit.sequences <= 64
+        assert limit.room(0, 0, 10**9), "one alone may always be sent"
+
+
+def test_it_settles_where_the_engine_keeps_to_the_target() -> None:
+    """An engine whose tokens take longer the more it has at once is given about as much as it can do in time."""
+    rules = RULES
+    limit, now = first_limit(rules), 0.0
+    seen = []
+    for _ in range(120):
+        now += 1.0
+        busy = int(limit.sequences)
+        limit = step(limit, window(0.010 + 0.0005 * busy, busy), busy, now, rules)
+        seen.append(limit.sequences)
+    # 80 at once are 50 ms.
+    assert min(seen[-40:]) >= 64
+    assert max(seen[-40:]) <= 84
+
+
+def test_one_fault_counts_once() -> None:
+    """While what was sent before is still there, the limit does not fall a second time for it."""
+    limit = step(Limit(100.0), window(0.2, 100), 100, 1.0, RULES)
+    assert limit.sequences == 85
+    again = step(limit, window(0.2, 100), 95, 3.0, RULES)
+    assert again.sequences == 85
+    assert step(again, window(0.2, 84), 84, 5.0, RULES).sequences < 85
+
+
+def test_it_does_not_grow_while_it_is_not_used() -> None:
+    """What was not tried is not known to go well."""
+    assert step(Limit(50.0), window(0.01, 20), 20, 1.0, RULES).sequences == 50
+    assert step(Limit(50.0), window(0.01, 50), 20, 1.0, RULES).sequences == 55
+    assert step(Limit(50.0), window(0.045, 50), 20, 1.0, RULES).sequences == 51
+
+
+def test_too_little_seen_says_nothing() -> None:
+    """A window goes on until enough was seen, and a step waits for its window."""
+    limit = Limit(50.0, until=5.0)
+    assert step(limit, window(0.2, 50), 50, 4.0, RULES) is limit
+    assert step(limit, window(0.2, 50, count=5), 50, 6.0, RULES) is limit
+
+
+def test_without_targets_the_most_holds_from_the_beginning() -> None:
+    """Who states no target wants no limit learnt."""
+    assert first_limit(ConcurrencyRules(most=77)).sequences == 77
+
+
+def test_an_engines_word_counts_while_it_is_fresh() -> None:
+    """How full its cache is tells how much it holds in all; an old word, or one about an empty cache, tells nothing."""
+    limit = Limit(50.0)
+    assert hear(limit, Told(0, 0.5, 10_000, at=0.0), 30.0, oldest=10.0) is limit
+    assert hear(limit, Told(0, 0.01, 100, at=0.0), 1.0, oldest=10.0) is limit
+    assert hear(limit, Told(0, None, 100, at=0.0), 1.0, oldest=10.0) is limit
+    once = hear(limit, Told(0, 0.5, 10_000, at=0.0), 1.0, oldest=10.0)
+    assert once.tokens == 19_000
+    twice = hear(once, Told(0, 0.5, 8_000, at=1.0), 1.0, oldest=10.0)
+    assert twice.tokens == 17_100
+    assert not twice.room(3, 17_000, 200)
+    assert twice.room(3, 17_000, 100)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=200))
+def test_the_95th_percentile_is_one_that_was_seen(values: list[float]) -> None:
+    """At least 95 of 100 do not exceed it."""
+    found = p95(values)
+    assert found in values
+    assert sum(value <= found for value in values) >= 0.95 * len(values)
+
+
+def test_a_window_keeps_no_more_than_it_needs() -> None:
+    """Whatever the traffic."""
+    seen = Window()
+    for _ in range(2 * Window.MOST):
+        seen.first_token(1.0)
+        seen.gap(1.0)
+    assert len(seen.ttfts) == len(seen.gaps) == Window.MOST
+    seen.clear(3)
+    assert (seen.ttfts, seen.gaps, seen.peak) == ([], [], 3)
