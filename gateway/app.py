@@ -39,6 +39,9 @@ from gateway.listener import Listener, ListenError, bind, bind_unix
 from gateway.log import Log
 from gateway.metrics import Metrics
 from gateway.policy.breaker import BreakerRules
+from gateway.policy.concurrency import ConcurrencyRules, Targets
+from gateway.policy.queue import QueueRules
+from gateway.serving.admission import Admission, AdmissionRules
 from gateway.serving.bookkeeper import Bookkeeper
 from gateway.serving.deadlines import Deadlines
 from gateway.serving.explain import ledger_row
@@ -93,6 +96,9 @@ class Replica:
         self.metrics = Metrics(settings.metrics.max_label_values)
         self.deadlines = Deadlines(clock)
         self.pool = Pool(Catalogue(), health_rules(settings))
+        self.admission = Admission(self.pool, self.metrics, clock, admission_rules(settings), _soon)
+        self.metrics.queue = self.admission.waiting
+        self.metrics.capacity = self.pool.capacity
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="forebay")
         self.authenticator = Authenticator({})
         self.limits_place = ""
@@ -103,7 +109,7 @@ class Replica:
         self.keyring = Keyring(settings, self.authenticator, self.log, clock, self.limiter.configure)
         self.edge = Edge(
             self.authenticator,
-            self.pool,
+            self.admission,
             self.deadlines,
             self.metrics,
             self.log,
@@ -209,6 +215,7 @@ class Replica:
         await self.finder.follow(plan)
         for listener in self.listeners:
             await listener.open()
+        self.deadlines.watch(self.admission)
         self.deadlines.start()
         if self.books is not None:
             self.books.start()
@@ -317,6 +324,7 @@ class Replica:
         self.settings = settings
         self.edge.rules = edge_rules(settings)
         self.pool.judge_by(health_rules(settings))
+        self.admission.configure(admission_rules(settings))
         self.watcher.interval = settings.discovery.interval
         self.watcher.down_interval = settings.discovery.down_interval
         self.log.configure(settings.log.format, settings.log.level)
@@ -488,6 +496,7 @@ def endpoint_spec(upstream: Upstream) -> EndpointSpec:
         max_connections=upstream.max_connections,
         minder=_minder_at(upstream),
         pool=upstream.pool or "",
+        max_running=upstream.max_running,
     )
 
 
@@ -497,6 +506,24 @@ def _minder_at(upstream: Upstream) -> MinderAt | None:
     if upstream.minder_port is not None:
         address = f"http://{Found(urlsplit(upstream.url).hostname or '', upstream.minder_port).authority}"
     return MinderAt(address, upstream.minder_token()) if address is not None else None
+
+
+def admission_rules(settings: Settings) -> AdmissionRules:
+    """Return who may wait how long, and how much endpoints are given at once."""
+    queue, capacity = settings.queue, settings.capacity
+    classes = queue.classes
+    return AdmissionRules(
+        queue=QueueRules(queue.requests, queue.tokens, queue.bytes, queue.aged),
+        capacity=ConcurrencyRules(
+            Targets(capacity.ttft_p95, capacity.itl_p95), capacity.start, capacity.least, capacity.most
+        ),
+        patience=tuple(one.max_wait for one in (classes.priority, classes.default, classes.flex)),
+        output_weight=queue.output_weight,
+    )
+
+
+def _soon(callback: Callable[[], None]) -> None:
+    asyncio.get_running_loop().call_soon(callback)
 
 
 def _address(upstream: Upstream) -> Address:

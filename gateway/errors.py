@@ -63,6 +63,7 @@ class Kind(Enum):
     TOO_MANY_TOKENS = Row(429, "tokens", "rate_limit_exceeded", "rate_limit_error", 429, True)
     OVER_BUDGET = Row(429, "insufficient_quota", "insufficient_quota", "rate_limit_error", 429, False)
     # Nobody's fault: there is no room.
+    SLOW_DOWN = Row(429, "rate_limit_error", "slow_down", "rate_limit_error", 429, True)
     BUSY = Row(503, "service_unavailable_error", "server_is_overloaded", "overloaded_error", 529)
     LIMITS_AWAY = Row(503, "service_unavailable_error", "limits_unavailable", "overloaded_error", 529)
     # The engine's fault, or ours.

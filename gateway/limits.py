@@ -140,6 +140,8 @@ class TenantLimits(Section):
 
     organisation: Name | None = None
     """The organisation it belongs to."""
+    weight: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    """What its share weighs where tenants wait for the same engines."""
     limits: LimitSet = LimitSet()
     """What all its keys may use together."""
     keys: LimitSet = LimitSet()
@@ -422,6 +424,12 @@ def organisation_of(name: str, known: Declared) -> str:
     """Return the organisation a tenant belongs to, empty for none."""
     tenant = known.tenants.get(name)
     return (tenant.organisation if tenant is not None else None) or ""
+
+
+def weight_of(name: str, known: Declared) -> float:
+    """Return what a tenant's share weighs where tenants wait for the same engines."""
+    tenant = known.tenants.get(name)
+    return tenant.weight if tenant is not None else 1.0
 
 
 # --- from what is declared to buckets ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ bounded: a model is one of the catalogue's, and tenants beyond ``max_label_value
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -92,6 +92,12 @@ class Metrics:
         self.early_retries = 0
         self._limited: dict[tuple[str, str], int] = {}
         self.limits_lost = 0
+        self._queue_refused: dict[tuple[str, str], int] = {}
+        self._queue_waits: dict[str, Histogram] = {}
+        self.queue: Callable[[], Iterable[tuple[str, int]]] = tuple
+        """Who tells how many of each class wait."""
+        self.capacity: Callable[[], Iterable[tuple[str, int, int]]] = tuple
+        """Who tells of each endpoint how many requests it is given at once, and its estimated tokens in flight."""
         self._standing: tuple[str, tuple[str, ...]] = ("", ())
         self._usage_stored = 0
         self._usage_lost: dict[str, int] = {}
@@ -130,6 +136,18 @@ class Metrics:
         """Count a failed attempt; both come from closed sets (configuration, ``Cause``)."""
         key = (endpoint, reason)
         self._upstream_errors[key] = self._upstream_errors.get(key, 0) + 1
+
+    def queue_refused(self, tier: str, why: str) -> None:
+        """Count a request that may not wait, or waited in vain; both come from closed sets."""
+        key = (tier, why)
+        self._queue_refused[key] = self._queue_refused.get(key, 0) + 1
+
+    def queue_waited(self, tier: str, seconds: float) -> None:
+        """Note how long a request waited for its turn."""
+        waits = self._queue_waits.get(tier)
+        if waits is None:
+            waits = self._queue_waits[tier] = Histogram(SECONDS)
+        waits.observe(seconds)
 
     def endpoint_state(self, endpoint: str, healthy: bool, in_flight: int) -> None:
         """Note an endpoint's health and load."""
@@ -203,6 +221,7 @@ class Metrics:
         retries.add_metric([], self.client_retries)
         yield retries
         yield from self._collect_limits()
+        yield from self._collect_queue()
         reloads = CounterMetricFamily("forebay_config_reloads", "Configuration reloads", labels=["result"])
         for result, count in self.reloads.items():
             reloads.add_metric([result], count)
@@ -239,6 +258,29 @@ class Metrics:
         lost = CounterMetricFamily("forebay_limits_lost", "Times the store of limits did not answer any more")
         lost.add_metric([], self.limits_lost)
         yield from (refused, early, stands, lost)
+
+    def _collect_queue(self) -> Iterator[Metric]:
+        waiting = GaugeMetricFamily("forebay_queue_waiting", "Requests that wait for an engine", labels=["class"])
+        for tier, count in self.queue():
+            waiting.add_metric([tier], count)
+        waits = HistogramMetricFamily(
+            "forebay_queue_seconds", "Time in the queue of requests that had their turn", labels=["class"]
+        )
+        for tier, histogram in list(self._queue_waits.items()):
+            waits.add_metric([tier], histogram.buckets(), histogram.total)
+        refused = CounterMetricFamily(
+            "forebay_queue_refusals", "Requests that may not wait, or waited in vain", labels=["class", "why"]
+        )
+        for (tier, why), times in list(self._queue_refused.items()):
+            refused.add_metric([tier, why], times)
+        most = GaugeMetricFamily("forebay_endpoint_limit", "Requests an endpoint is given at once", labels=["endpoint"])
+        tokens = GaugeMetricFamily(
+            "forebay_endpoint_tokens", "Estimated tokens of the requests at an endpoint", labels=["endpoint"]
+        )
+        for endpoint, limit, outstanding in self.capacity():
+            most.add_metric([endpoint], limit)
+            tokens.add_metric([endpoint], outstanding)
+        yield from (waiting, waits, refused, most, tokens)
 
     def _collect_requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(

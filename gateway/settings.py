@@ -124,6 +124,9 @@ class Caps(Section):
     """Bytes of a request body."""
     media: Size | None = None
     """Bytes of one data URL inside a message."""
+    tier: Literal["priority", "default", "flex"] | None = None
+    """The best class of service it may ask for (`service_tier`), and has where it does not ask; default when left
+    out."""
 
 
 class KeySettings(Section):
@@ -198,6 +201,8 @@ class Upstream(Section):
     """Certificates to trust for https instead of the system's."""
     max_connections: Count = 1024
     """Connections this gateway may hold to it, or to each one that is discovered."""
+    max_running: Count | None = None
+    """Requests it is given at once at most, whatever is learnt of it; more wait here, or go to another engine."""
     minder: UpstreamUrl | None = None
     """Control port of the agent beside it, unix:/path or http://host:port: it can then be drained and restarted."""
     minder_port: Port | None = None
@@ -495,6 +500,56 @@ class Health(Section):
     """How long an engine that has just come up gets less than its share."""
 
 
+class QueueClass(Section):
+    """One class of service in the queue."""
+
+    max_wait: PositiveDuration = 60.0
+    """How long a request may wait for an engine, unless its client has less patience."""
+
+
+class QueueClasses(Section):
+    """Classes of service, the best first; a client asks for one by `service_tier`, within its key's caps."""
+
+    priority: QueueClass = QueueClass()
+    """Goes first."""
+    default: QueueClass = QueueClass()
+    """Where nothing is asked for."""
+    flex: QueueClass = QueueClass(max_wait=600.0)
+    """Goes last."""
+
+
+class Queue(Section):
+    """Requests that wait while no engine has room for them."""
+
+    requests: Count = 2048
+    """Most that may wait at once in this process."""
+    tokens: Count = 16_000_000
+    """Most tokens, by estimates, that they may have together."""
+    bytes: Size = 256 * MIB
+    """Most bytes that they may hold together."""
+    aged: Duration = 5.0
+    """Wait after which a class that better ones are served before gets one turn in ten."""
+    output_weight: Annotated[float, Field(ge=0, le=100)] = 2.0
+    """What a token of an answer counts for when tenants share, a token of a prompt being 1."""
+    classes: QueueClasses = QueueClasses()
+    """Classes of service."""
+
+
+class Capacity(Section):
+    """How much an engine is given at once: learnt from how fast it answers, where a target is set."""
+
+    ttft_p95: PositiveDuration | None = None
+    """What 95 of 100 first tokens of an engine should take at most; not looked at when left out."""
+    itl_p95: PositiveDuration | None = None
+    """What 95 of 100 times between two tokens should take at most; not looked at when left out."""
+    start: Count = 16
+    """Requests an engine is given at once before anything is known of it, where a target is set."""
+    least: Count = 1
+    """What it is given at least."""
+    most: Count = 1024
+    """What it is given at most, and always where no target is set."""
+
+
 def _default_data_dir() -> Path:
     home = os.environ.get("FOREBAY_HOME")
     return Path(home).expanduser() if home else Path.home() / ".local" / "share" / "forebay"
@@ -550,6 +605,10 @@ class Settings(Described, BaseSettings):
     """How the engines behind the gateway are watched."""
     health: Health = Health()
     """When an engine that answers badly is left out."""
+    queue: Queue = Queue()
+    """Requests that wait while no engine has room for them."""
+    capacity: Capacity = Capacity()
+    """How much an engine is given at once."""
 
     @classmethod
     def settings_customise_sources(

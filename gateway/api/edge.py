@@ -21,13 +21,15 @@ from gateway.api.context import fit_context
 from gateway.api.media import MediaRules
 from gateway.api.peek import Asked, read_body
 from gateway.api.request import Request, Steps
+from gateway.api.terms import read_patience, terms_of
 from gateway.errors import SHUTTING_DOWN, Kind, Refusal, no_model
 from gateway.headers import EXPOSE, JSON, Header
 from gateway.log import Log
 from gateway.metrics import Metrics
+from gateway.serving.admission import Admission, slow_down
 from gateway.serving.deadlines import Deadlines
 from gateway.serving.dialect import Route
-from gateway.serving.limiter import Hold, Limiter, Plan, read_facts, who_asks
+from gateway.serving.limiter import Facts, Hold, Limiter, Plan, read_facts, who_asks
 from gateway.serving.pending import Pending
 from gateway.serving.pool import Pool
 from gateway.serving.relay import OUTCOMES, Client, Order, Relay, RelayLimits
@@ -71,7 +73,7 @@ class Edge:
     def __init__(
         self,
         authenticator: Authenticator,
-        pool: Pool,
+        admission: Admission,
         deadlines: Deadlines,
         metrics: Metrics,
         log: Log,
@@ -80,7 +82,8 @@ class Edge:
         limiter: Limiter,
     ) -> None:
         self.authenticator = authenticator
-        self.pool = pool
+        self.admission = admission
+        self.pool: Pool = admission.pool
         self.deadlines = deadlines
         self.metrics = metrics
         self.log = log
@@ -147,6 +150,10 @@ class Edge:
             return Refused(route, ticket, refusal)
         request = Request(route, ticket, who, limit, length)
         request.first = retry == b"0"
+        if b"x-request-timeout" in headers or b"x-stainless-read-timeout" in headers:
+            refusal = read_patience(headers, request)
+            if refusal is not None:
+                return Refused(route, ticket, refusal)
         if length is not None and length > self.rules.offload_above:
             request.reserved = length
             self._held += length
@@ -221,9 +228,12 @@ class Edge:
             ask_usage=asked.stream and request.route.asks_usage,
             hide_usage=not asked.wants_usage,
             cache_salt=who.trust_domain,
+            terms=terms_of(request, asked),
         )
         ticket.serve(asked.model, asked.stream)
-        relay = Relay(order, ticket, client, self.pool, self.deadlines, rules.relay, self.metrics, self._done(request))
+        relay = Relay(
+            order, ticket, client, self.admission, self.deadlines, rules.relay, self.metrics, self._done(request)
+        )
         request.relay = relay
         ticket.sent_at = now = self.deadlines.clock()
         self._policy_time.observe(now - began)
@@ -236,7 +246,21 @@ class Edge:
         facts = read_facts(
             request.route, asked.model, asked.fields, asked.max_tokens, len(body), asked.media, request.first
         )
-        return self.limiter.admit(plan, facts, partial(who_asks, plan, body))
+        if self.admission.queue.count:
+            refusal = self._look(plan, facts, request, asked)
+            if refusal is not None:
+                return refusal
+        return (yield from self.limiter.admit(plan, facts, partial(who_asks, plan, body)))
+
+    def _look(self, plan: Plan, facts: Facts, request: Request, asked: Asked) -> Refusal | None:
+        """Refuse at once whom the queue would refuse, before anything is reserved."""
+        group = self.pool.group(asked.model, request.route.path, request.who.trust_domain is not None)
+        now = self.deadlines.clock()
+        size = self.limiter.estimate(plan, facts)
+        terms = terms_of(request, asked)
+        item = self.admission.place(request.ticket, terms, plan.weight, (size.prompt, size.output), now, None)
+        rejected = self.admission.look(group, item, now)
+        return slow_down(rejected, asked.model, 0.0) if rejected is not None else None
 
     def plan(self, who: KeyRecord, model: str, client: str) -> Plan:
         """Return what a key falls under on a model; without a key, what its client's address does."""

@@ -26,9 +26,11 @@ class Request:
         "first",
         "interrupt",
         "length",
+        "patience",
         "relay",
         "reserved",
         "route",
+        "silence",
         "steps",
         "task",
         "ticket",
@@ -44,6 +46,10 @@ class Request:
         self.reserved = 0
         self.first = False
         """Whether an SDK says that it sends this for the first time."""
+        self.patience: float | None = None
+        """Seconds its client waits for an answer, where it says so."""
+        self.silence: float | None = None
+        """Seconds its client waits for the next byte, where it says so."""
         self.client: Client | None = None
         """Whom the steps answer, once the body is whole."""
         self.interrupt: Callable[[Refusal], None] | None = None

@@ -342,6 +342,10 @@ class Queue:
     def __len__(self) -> int:
         return self.count
 
+    def by_class(self) -> list[int]:
+        """Return how many wait in each class."""
+        return [sum(line.classes[rank].count for line in self._lines.values()) for rank in range(self.classes)]
+
     def waiting(self, key: Hashable) -> int:
         """Return how many wait in a line."""
         line = self._lines.get(key)

@@ -31,16 +31,17 @@ class Deadlines:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self._waiters: set[Waiter] = set()
+        # In the order they came: what is done to several at once is the same each time.
+        self._waiters: dict[Waiter, None] = {}
         self._task: asyncio.Task[None] | None = None
 
     def watch(self, waiter: Waiter) -> None:
         """Begin to ask ``waiter`` whether it is late."""
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
 
     def forget(self, waiter: Waiter) -> None:
         """Stop asking."""
-        self._waiters.discard(waiter)
+        self._waiters.pop(waiter, None)
 
     def __len__(self) -> int:
         return len(self._waiters)

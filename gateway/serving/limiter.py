@@ -18,7 +18,7 @@ import msgspec
 
 from engines.protocol import Fields
 from gateway.errors import Refusal
-from gateway.limits import Asker, Declared, applying, organisation_of, prices_of, weights_of
+from gateway.limits import Asker, Declared, applying, organisation_of, prices_of, weight_of, weights_of
 from gateway.metrics import Metrics
 from gateway.policy.estimate import Estimator, Learned
 from gateway.policy.limits import FREE, UNIT, Counts, Limit, Rates, Size, amounts
@@ -88,6 +88,8 @@ class Plan(msgspec.Struct, frozen=True):
     """Tokens so few that no limit is too small for them."""
     until: int
     """When a calendar turns its page, in microseconds since 1970."""
+    weight: float
+    """Of its tenant's share where tenants wait for the same engines."""
 
 
 class Facts(msgspec.Struct):
@@ -164,6 +166,18 @@ class Hold:
             return b""
         plan = self._plan
         return rate_headers(plan.about, granted.levels, granted.standing)
+
+    @property
+    def weight(self) -> float:
+        """What its tenant's share weighs where tenants wait for the same."""
+        return self._plan.weight
+
+    def expected(self) -> tuple[int, int]:
+        """Return the tokens of its prompt and of its answers, as they are estimated."""
+        size = self._size
+        if size is None:
+            size = self._size = self._limiter.estimate(self._plan, self._facts)
+        return size.prompt, size.output
 
     def settle(
         self, usage: Usage | None, events: int, *, whole: bool, accepted: bool
@@ -286,6 +300,7 @@ class Limiter:
             cuts=tuple(at for at, limit in enumerate(limits) if limit.cut),
             roomy=min((_roomy(limit, weights, prices) for limit in limits if not limit.cut), default=NEVER),
             until=min((shape.ends for shape in buckets.shapes if shape.ends), default=0),
+            weight=weight_of(who.tenant, known),
         )
 
     def admit(self, plan: Plan, facts: Facts, who: Callable[[], int]) -> Generator[Pending, Verdict, Hold | Refusal]:

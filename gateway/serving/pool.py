@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from adapters.catalogue import Catalogue, Model
-from engines.protocol import Capability, Engine, Target
+from engines.protocol import Capability, Engine, EngineLoad, Target
+from gateway.policy import concurrency
 from gateway.policy.breaker import NEW, Breaker, BreakerRules, Event, State, step
+from gateway.policy.concurrency import ConcurrencyRules, Told, Window, first_limit, hear
 from gateway.policy.routing import least_loaded
 from gateway.serving.upstream import Address, Connections
+
+OLDEST_WORD = 10.0
+"""Seconds for which an engine's word about itself counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,8 @@ class EndpointSpec:
     max_connections: int = 1024
     minder: MinderAt | None = None
     pool: str = ""
+    max_running: int | None = None
+    """Requests it may be given at once, whatever is learnt of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,18 @@ class Endpoint:
         self.engine = spec.engine
         self.connections = Connections(spec.address, spec.max_connections)
         self.in_flight = 0
+        self.tokens = 0
+        """What it has in flight, by estimates: of prompts and answers together."""
+        self.prefilling = 0
+        """Of these the prompts whose first token has not come."""
+        self.prefill_rate = 0.0
+        """Tokens of prompts a second, as they were seen; 0: not known yet."""
+        self.gives = _bounded(ConcurrencyRules(), spec)
+        """By which rules it is learnt how much it can be given at once."""
+        self.limit = first_limit(self.gives)
+        self.window = Window()
+        self.watched = False
+        """Whether it is measured how fast it answers."""
         self.holds: set[str] = set()
         """Who keeps new requests from it, by command; those under way finish."""
         # Named models are believed until a connection fails; an engine that must be asked has served nothing yet.
@@ -85,6 +104,58 @@ class Endpoint:
     def available(self) -> bool:
         """Whether it can be given a request now."""
         return self.healthy and not self.holds and not self.connections.full
+
+    def room(self, tokens: int) -> bool:
+        """Whether it can be given one more request of so many tokens now."""
+        return self.available and self.limit.room(self.in_flight, self.tokens, tokens)
+
+    @property
+    def most(self) -> int:
+        """Requests it is given at once."""
+        return int(self.limit.sequences)
+
+    def give_at_most(self, rules: ConcurrencyRules) -> None:
+        """Take other rules of how much it is given; what was learnt stays while they are the same."""
+        gives = _bounded(rules, self.spec)
+        if gives != self.gives:
+            self.gives, self.limit = gives, first_limit(gives)
+            self.window.clear(self.in_flight)
+        self.watched = bool(gives.targets)
+
+    def take(self, prompt: int, tokens: int) -> None:
+        """Note that a request was given to it."""
+        self.in_flight += 1
+        self.tokens += tokens
+        self.prefilling += prompt
+        if self.in_flight > self.window.peak:
+            self.window.peak = self.in_flight
+
+    def give_back(self, prompt: int, tokens: int) -> None:
+        """Note that a request has ended there; ``prompt`` is 0 once its first token had come."""
+        self.in_flight -= 1
+        self.tokens -= tokens
+        self.prefilling -= prompt
+
+    def first_token(self, seconds: float, prompt: int, ahead: int) -> None:
+        """Note how long a first token took, of a prompt that came after so many tokens of others."""
+        self.prefilling -= prompt
+        if seconds > 0 and prompt:
+            rate = (ahead + prompt) / seconds
+            self.prefill_rate = self.prefill_rate + (rate - self.prefill_rate) / 8 if self.prefill_rate else rate
+        if self.watched:
+            self.window.first_token(seconds)
+
+    def adapt(self, now: float) -> None:
+        """Learn from how it answered lately how much it can be given."""
+        limit = concurrency.step(self.limit, self.window, self.in_flight, now, self.gives)
+        if limit is not self.limit:
+            self.limit = limit
+            self.window.clear(self.in_flight)
+
+    def heard(self, load: EngineLoad, now: float) -> None:
+        """Note what the engine says of itself."""
+        if self.watched:
+            self.limit = hear(self.limit, Told(load.waiting, load.cache_used, self.tokens, now), now, OLDEST_WORD)
 
     @property
     def cordoned(self) -> bool:
@@ -153,6 +224,22 @@ class Endpoint:
             self.on_trouble()
 
 
+def _bounded(rules: ConcurrencyRules, spec: EndpointSpec) -> ConcurrencyRules:
+    most = min(rules.most, spec.max_connections, spec.max_running or rules.most)
+    return replace(rules, most=most, least=min(rules.least, most))
+
+
+class Group:
+    """Endpoints that can serve the same requests: whoever waits for them stands in one line."""
+
+    __slots__ = ("endpoints", "measured")
+
+    def __init__(self, endpoints: tuple[Endpoint, ...]) -> None:
+        self.endpoints = endpoints
+        self.measured = len(endpoints) > 1 or any(endpoint.watched for endpoint in endpoints)
+        """Whether it matters how large a request is."""
+
+
 class Pool:
     """All endpoints, and by model those that serve it."""
 
@@ -161,8 +248,12 @@ class Pool:
         self._rules = rules or HealthRules()
         self.endpoints: list[Endpoint] = []
         self._by_model: dict[str, tuple[Endpoint, ...]] = {}
-        self._able: dict[tuple[str, str, bool], tuple[Endpoint, ...]] = {}
+        self._able: dict[tuple[str, str, bool], Group] = {}
+        self._groups: dict[tuple[Endpoint, ...], Group] = {}
         self._turn = 0
+        self.gives = ConcurrencyRules()
+        self.on_index: Callable[[], None] | None = None
+        """Called when it has changed who serves what."""
 
     def configure(self, specs: Iterable[EndpointSpec], created: int) -> tuple[list[Endpoint], list[Endpoint]]:
         """Take a new list of endpoints; those that stay keep their connections and load. Returns (new, gone)."""
@@ -171,6 +262,8 @@ class Pool:
         before = set(self.endpoints)
         self.endpoints = [kept.get(spec) or Endpoint(spec) for spec in specs]
         self.judge_by(self._rules)
+        for endpoint in self.endpoints:
+            endpoint.give_at_most(self.gives)
         after = set(self.endpoints)
         for endpoint in after - before:
             self.catalogue.learn(Model(public, created) for public in endpoint.models)
@@ -183,6 +276,13 @@ class Pool:
         for endpoint in self.endpoints:
             endpoint.rules = rules
 
+    def give_at_most(self, rules: ConcurrencyRules) -> None:
+        """Take other rules of how much endpoints are given at once."""
+        self.gives = rules
+        for endpoint in self.endpoints:
+            endpoint.give_at_most(rules)
+        self.index()
+
     def index(self) -> None:
         """Rebuild the table of who serves what, after endpoints or their models changed."""
         table: dict[str, list[Endpoint]] = {}
@@ -191,6 +291,13 @@ class Pool:
                 table.setdefault(public, []).append(endpoint)
         self._by_model = {public: tuple(endpoints) for public, endpoints in table.items()}
         self._able = {}
+        self._groups = {}
+        if self.on_index is not None:
+            self.on_index()
+
+    def capacity(self) -> Iterator[tuple[str, int, int]]:
+        """Return of each endpoint how many requests it is given at once, and the tokens it has by estimates."""
+        return ((endpoint.name, endpoint.most, endpoint.tokens) for endpoint in self.endpoints)
 
     def serving(self, model: str) -> tuple[Endpoint, ...]:
         """Return every endpoint that serves a public model, healthy or not."""
@@ -216,12 +323,23 @@ class Pool:
 
         ``salted`` tells that the request's prefix cache is to be kept apart.
         """
-        able = self._able.get((model, path, salted))
-        if able is None:
+        return self.group(model, path, salted).endpoints
+
+    def group(self, model: str, path: str, salted: bool = False) -> Group:
+        """Return the same as a group: one for all models that the same endpoints serve."""
+        group = self._able.get((model, path, salted))
+        if group is None:
             serving = self._by_model.get(model, ())
             able = tuple(endpoint for endpoint in serving if endpoint.offers(model, path, salted))
-            self._able[model, path, salted] = able
-        return able
+            group = self._able[model, path, salted] = self.group_of(able)
+        return group
+
+    def group_of(self, endpoints: tuple[Endpoint, ...]) -> Group:
+        """Return the group of these endpoints."""
+        group = self._groups.get(endpoints)
+        if group is None:
+            group = self._groups[endpoints] = Group(endpoints)
+        return group
 
     @property
     def ready(self) -> bool:

@@ -9,6 +9,8 @@ Rule 3: whoever leaves first, the other side is told at once, and the ticket is 
        │  └──heartbeat──▶ WAITING (status sent)         ▲
        ├──whole answer───────────────────────────────────┤
        └──failure──▶ another attempt, or an error ───────┘
+
+While no engine has room it is WAITING too, in the queue, and keeps the same deadlines; ``on_turn`` begins the attempt.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from engines.protocol import Dispatch, EngineError, Fault, Fields
 from gateway.errors import SHUTTING_DOWN, Kind, Refusal
 from gateway.headers import EXPOSE, JSON
 from gateway.metrics import Metrics
+from gateway.policy.queue import Rejected, Waiting, Why
 from gateway.policy.retry import Cause, Next, decide
+from gateway.serving.admission import USUAL, Admission, Terms, slow_down
 from gateway.serving.answer import AnswerError, read_answer
 from gateway.serving.deadlines import NEVER, Deadlines
 from gateway.serving.dialect import Route
 from gateway.serving.meter import Meter, Usage
-from gateway.serving.pool import Endpoint, Pool
+from gateway.serving.pool import Endpoint, Group, Pool
 from gateway.serving.redact import redact
 from gateway.serving.ticket import OK, Attempt, Outcome, Ticket
 from gateway.serving.upstream import Connection, Loss
@@ -101,14 +105,18 @@ class Order(msgspec.Struct, frozen=True, gc=False):
     ask_usage: bool
     hide_usage: bool
     cache_salt: str | None = None
+    terms: Terms = USUAL
+    """On what terms it waits, where it must."""
 
 
 class Relay:
     """Carries one order to an engine and its answer back."""
 
     __slots__ = (
+        "_admission",
         "_answer",
         "_answer_bytes",
+        "_charged",
         "_client",
         "_clock",
         "_committed",
@@ -116,6 +124,7 @@ class Relay:
         "_connection",
         "_deadlines",
         "_endpoint",
+        "_failure",
         "_last",
         "_limits",
         "_meter",
@@ -125,13 +134,17 @@ class Relay:
         "_paused",
         "_paused_at",
         "_pool",
+        "_prefill",
+        "_prompt",
         "_replayed",
         "_sse",
         "_state",
         "_status",
         "_ticket",
+        "_tokens",
         "_total_at",
         "_tried",
+        "_turn",
         "_wrote",
         "deadline",
     )
@@ -141,7 +154,7 @@ class Relay:
         order: Order,
         ticket: Ticket,
         client: Client,
-        pool: Pool,
+        admission: Admission,
         deadlines: Deadlines,
         limits: RelayLimits,
         metrics: Metrics,
@@ -150,7 +163,8 @@ class Relay:
         self._order = order
         self._ticket = ticket
         self._client = client
-        self._pool = pool
+        self._admission = admission
+        self._pool: Pool = admission.pool
         self._deadlines = deadlines
         self._clock = deadlines.clock
         self._limits = limits
@@ -159,6 +173,14 @@ class Relay:
         self._state = WAITING
         self._committed = False
         self._endpoint: Endpoint | None = None
+        # What it was counted as at its endpoint: tokens, those of its prompt while there is no first token, and what
+        # stood before them.
+        self._tokens = self._prompt = self._prefill = 0
+        self._turn: Waiting | None = None
+        """Its latest place in the queue."""
+        self._charged: Waiting | None = None
+        """The place whose turn its tenant was charged for."""
+        self._failure: Refusal | None = None
         self._connection: Connection | None = None
         self._meter: Meter | None = None
         self._tried: list[Endpoint] = []
@@ -189,39 +211,114 @@ class Relay:
         self._deadlines.watch(self)
         self._attempt(now, None)
 
-    def _attempt(self, now: float, failure: Refusal | None) -> None:
-        """Try the next endpoint; ``failure`` is what the last one brought and what the client gets if none is left."""
-        order = self._order
-        salted = order.cache_salt is not None
-        endpoint = self._pool.choose(order.model, order.route.path, self._tried, now, salted=salted)
-        if endpoint is None:
+    def _attempt(self, now: float, failure: Refusal | None, *, turn: bool = False) -> None:
+        """Try the next endpoint; ``failure`` is what the last one brought and what the client gets if none is left.
+        ``turn``: it has waited for it."""
+        group = self._group()
+        prompt, output = self._size() if group.measured else (0, 0)
+        endpoint = self._admission.choose(group, self._tried, prompt + output, now, turn=turn)
+        if endpoint is not None:
+            self._note_choice(endpoint, now, group)
+            self._tried.append(endpoint)
+            self._ticket.endpoint = endpoint.name
+            self._replayed = False
+            self._take(endpoint, prompt, output)
+            endpoint.sent(now)
+            self._send(endpoint, now, fresh=False)
+        elif self._admission.hopeful(group, self._tried):
+            self._wait(group, now, failure)
+        else:
             self._fail(failure or self._no_engine(), now)
-            return
-        self._note_choice(endpoint, now, salted)
-        self._tried.append(endpoint)
-        self._ticket.endpoint = endpoint.name
-        self._replayed = False
-        self._take(endpoint)
-        endpoint.sent(now)
-        self._send(endpoint, now, fresh=False)
 
-    def _note_choice(self, endpoint: Endpoint, now: float, salted: bool) -> None:
-        """Keep what the choice was made by, for whoever asks afterwards."""
+    def _group(self) -> Group:
         order = self._order
-        able = self._pool.able(order.model, order.route.path, salted)
+        return self._pool.group(order.model, order.route.path, order.cache_salt is not None)
+
+    def _size(self) -> tuple[int, int]:
+        """Return the tokens that its prompt and its answers are estimated at."""
+        hold = self._ticket.hold
+        return hold.expected() if hold is not None else (0, 0)
+
+    def _note_choice(self, endpoint: Endpoint, now: float, group: Group) -> None:
+        """Keep what the choice was made by, for whoever asks afterwards."""
+        able = group.endpoints
         loads = None
         if len(able) > 1:
             loads = [one.in_flight if one.available else -1 for one in able[:SHOWN_CANDIDATES]]
         self._ticket.tried.append(Attempt(endpoint.name, now, endpoint.in_flight, able, loads, False))
 
-    def _take(self, endpoint: Endpoint) -> None:
+    def _take(self, endpoint: Endpoint, prompt: int, output: int) -> None:
         self._endpoint = endpoint
-        endpoint.in_flight += 1
+        self._prefill = endpoint.prefilling
+        self._prompt = prompt
+        self._tokens = prompt + output
+        endpoint.take(prompt, self._tokens)
 
     def _give_back(self) -> None:
-        if self._endpoint is not None:
-            self._endpoint.in_flight -= 1
+        endpoint = self._endpoint
+        if endpoint is not None:
             self._endpoint = None
+            endpoint.give_back(self._prompt, self._tokens)
+            self._admission.freed(endpoint)
+
+    def _began(self, endpoint: Endpoint, now: float) -> None:
+        """Note that its first token is there."""
+        endpoint.first_token(now - self._ticket.tried[-1].began, self._prompt, self._prefill)
+        self._prompt = 0
+
+    # --- in the queue ---------------------------------------------------------------------------------------------
+
+    def _wait(self, group: Group, now: float, failure: Refusal | None) -> None:
+        """Wait for an endpoint to have room; ``failure`` is what the last attempt brought."""
+        # One that was tried already and has room is none that it waits for.
+        left = tuple(endpoint for endpoint in group.endpoints if endpoint not in self._tried)
+        waits_for = group if len(left) == len(group.endpoints) else self._pool.group_of(left)
+        self._failure = failure
+        hold = self._ticket.hold
+        weight = hold.weight if hold is not None else 1.0
+        item = self._admission.place(self._ticket, self._order.terms, weight, self._size(), now, self)
+        if failure is not None:
+            # What it costs its tenant was charged with its first turn.
+            item.cost = 0.0
+        rejected = self._admission.enter(waits_for, item, now)
+        if rejected is not None:
+            self._fail(failure or slow_down(rejected, self._order.model, 0.0), now)
+            return
+        self._turn = item
+        self._rearm()
+
+    @property
+    def _queued(self) -> bool:
+        return self._turn is not None and not self._turn.gone
+
+    def on_turn(self, now: float) -> None:
+        """Take that an endpoint has room for it."""
+        turn = self._turn
+        assert turn is not None
+        self._ticket.waited += now - turn.arrived
+        if turn.cost:
+            self._charged = turn
+        self._attempt(now, self._failure, turn=True)
+
+    def on_displaced(self, rejected: Rejected, now: float) -> None:
+        """Take that it has to make room for another."""
+        self._refuse_turn(rejected, now)
+
+    def on_regroup(self, now: float) -> None:
+        """Take that other endpoints serve its model: it is in no line any more."""
+        assert self._turn is not None
+        self._ticket.waited += now - self._turn.arrived
+        group = self._group()
+        if self._admission.hopeful(group, self._tried):
+            self._wait(group, now, self._failure)
+        else:
+            self._fail(self._failure or self._no_engine(), now)
+
+    def _refuse_turn(self, rejected: Rejected, now: float) -> None:
+        assert self._turn is not None
+        waited = now - self._turn.arrived
+        self._ticket.waited += waited
+        self._fail(self._failure or slow_down(rejected, self._order.model, waited), now)
 
     def _send(self, endpoint: Endpoint, now: float, *, fresh: bool) -> None:
         order, ticket = self._order, self._ticket
@@ -247,9 +344,6 @@ class Relay:
         if serving and not able:
             message = f"No engine that serves {self._order.model!r} offers {path}."
             return Refusal(Kind.UNSUPPORTED, message, "model")
-        if any(endpoint.healthy for endpoint in able):
-            message = f"Every engine that serves {self._order.model!r} is at its connection limit. Try again shortly."
-            return Refusal(Kind.BUSY, message, retry_after=1.0)
         message = f"No healthy engine serves {self._order.model!r} at the moment. Try again shortly."
         return Refusal(Kind.NO_ENGINE, message, retry_after=1.0)
 
@@ -285,7 +379,7 @@ class Relay:
         if meter is None:
             self._collect(data)
             return
-        before = meter.events
+        before, last = meter.events, self._last
         out = meter.feed(data)
         if out:
             now = self._last = self._clock()
@@ -297,6 +391,9 @@ class Relay:
                 return
             if self._state == STREAMING:
                 self._wrote = now
+                endpoint = self._endpoint
+                if endpoint is not None and endpoint.watched:
+                    endpoint.window.gap((now - last) / max(1, meter.events - before))
                 self._client.send(out)
             else:
                 self._begin(out, now)
@@ -314,8 +411,10 @@ class Relay:
         """Send the first events: from here on no other engine is asked, and the body need not be kept."""
         self._wrote = now
         self._state = STREAMING
-        assert self._endpoint is not None
-        self._endpoint.went_well(now)
+        endpoint = self._endpoint
+        assert endpoint is not None
+        endpoint.went_well(now)
+        self._began(endpoint, now)
         self._order.fields.clear()
         if self._committed:
             self._client.send(out)
@@ -462,6 +561,8 @@ class Relay:
         self._state = DONE
         self.deadline = NEVER
         self._deadlines.forget(self)
+        if self._turn is not None:
+            self._admission.leave(self._turn)
         connection, self._connection = self._connection, None
         if connection is not None:
             # It was sent and nothing speaks against its being worked on.
@@ -476,7 +577,15 @@ class Relay:
         if self._meter is not None and self._meter.usage is not None:
             self._ticket.usage = self._meter.usage
         self._ticket.settle(outcome, status, now)
+        if self._charged is not None:
+            self._settle_turn(self._charged)
         self._on_done(self)
+
+    def _settle_turn(self, turn: Waiting) -> None:
+        """Correct what its tenant was charged when it had its turn."""
+        usage = self._ticket.usage
+        if usage is not None and usage.prompt is not None:
+            self._admission.settle(turn, usage.prompt - (usage.cached or 0), usage.completion or 0)
 
     def client_gone(self) -> None:
         """Take that the client left: the engine's connection is closed at once, which stops its work."""
@@ -514,7 +623,9 @@ class Relay:
     def on_deadline(self, now: float) -> None:
         """Act on the first time-out that is due, or wait for the next."""
         limits = self._limits
-        if now >= self._total_at:
+        if self._queued:
+            self._still_queued(now)
+        elif now >= self._total_at:
             message = f"The request took longer than {limits.total:g} s."
             self.give_up(Refusal(Kind.ENGINE_SLOW, message))
         elif self._paused:
@@ -530,6 +641,14 @@ class Relay:
             self._heartbeat(now)
         if self._state != DONE:
             self._rearm()
+
+    def _still_queued(self, now: float) -> None:
+        turn = self._turn
+        assert turn is not None
+        if now >= turn.deadline:
+            self._refuse_turn(self._admission.give_up(turn, now, Why.EXPIRED), now)
+        elif self._heartbeat_due(now):
+            self._heartbeat(now)
 
     def _patience(self) -> float:
         """Seconds the engine may be silent now."""
@@ -565,7 +684,12 @@ class Relay:
         """Set when to look again: the earliest of what could be due if nothing else happens."""
         if self._state == DONE:
             return
-        if self._paused:
+        if self._queued:
+            assert self._turn is not None
+            due = self._turn.deadline
+            if self._order.stream and self._limits.heartbeat_after:
+                due = min(due, self._wrote + self._limits.heartbeat_after)
+        elif self._paused:
             due = self._paused_at + self._limits.write
         elif not self._connected:
             due = self._last + self._limits.connect
@@ -592,6 +716,7 @@ OUTCOMES = {
     Kind.ENGINE_SLOW: Outcome.ENGINE_SLOW,
     Kind.NO_ENGINE: Outcome.NO_ENGINE,
     Kind.BUSY: Outcome.BUSY,
+    Kind.SLOW_DOWN: Outcome.BUSY,
     Kind.LIMITS_AWAY: Outcome.LIMITS_AWAY,
     Kind.SHUTDOWN: Outcome.SHUTDOWN,
     Kind.INTERNAL: Outcome.INTERNAL,

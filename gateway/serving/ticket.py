@@ -61,6 +61,7 @@ class LogLine(msgspec.Struct, omit_defaults=True):
     endpoint: str = ""
     stream: bool = False
     attempts: int = 0
+    queued_ms: float | None = None
     ttft_ms: float | None = None
     events: int = 0
     tokens_in: int | None = None
@@ -134,6 +135,7 @@ class Ticket:
         "tried",
         "usage",
         "version",
+        "waited",
     )
 
     def __init__(
@@ -187,6 +189,8 @@ class Ticket:
         self.refused_by = ""
         """The bucket that refused it."""
         self.tried: list[Attempt] = []
+        self.waited = 0.0
+        """Seconds in the queue."""
         self.outcome: Outcome | None = None
         self.status = 0
         self.ended = 0.0
@@ -267,6 +271,7 @@ class Ticket:
             endpoint=self.endpoint,
             stream=self.stream,
             attempts=self.attempts,
+            queued_ms=to_ms(self.waited) if self.waited else None,
             ttft_ms=to_ms(self.first_at - self.started) if self.first_at else None,
             events=self.events,
             tokens_in=usage.prompt,

@@ -121,6 +121,7 @@ class Watcher:
             load = await read_load(self._clients[endpoint], endpoint.engine)
             if load is not None:
                 self._metrics.engine_load(endpoint.name, load, time.time())
+                endpoint.heard(load, self._clock())
 
     async def _get(self, endpoint: Endpoint, path: str) -> httpx.Response:
         # One kept connection may have been closed by the engine just now: that alone is no failure.

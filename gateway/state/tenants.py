@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from gateway.limits import OrganisationLimits, TenantLimits
+from gateway.limits import LimitSet, OrganisationLimits, TenantLimits
 from gateway.state.database import NoSuch, NotPossible, keys_table, organisations_table, tenants_table
 from gateway.state.store import Change, Store, etag, limits_to_json, time_to_json, utc
 from gateway.values import check_name
@@ -42,8 +42,8 @@ class Group:
     @property
     def limits(self) -> dict[str, Any]:
         """Its own limits and those it hands down, as JSON; empty sets where nothing is said."""
-        names = [name for name in type(self.entry).model_fields if name != "organisation"]
-        return {name: limits_to_json(getattr(self.entry, name)) for name in names}
+        values = {name: getattr(self.entry, name) for name in type(self.entry).model_fields if name != "organisation"}
+        return {name: limits_to_json(one) if isinstance(one, LimitSet) else one for name, one in values.items()}
 
     @property
     def fields(self) -> dict[str, Any]:

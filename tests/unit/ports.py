@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from engines.registry import ENGINES
 from gateway.api.routes import RELAYED
 from gateway.headers import to_pairs
 from gateway.metrics import Metrics
+from gateway.serving.admission import Admission, AdmissionRules
 from gateway.serving.deadlines import Deadlines
 from gateway.serving.pool import Endpoint, EndpointSpec, Pool
 from gateway.serving.relay import HEARTBEAT, Order, Relay, RelayLimits
@@ -190,12 +192,15 @@ class Stage:
     hide_usage: bool = True
     limits: RelayLimits = field(default_factory=RelayLimits)
     kept: bool = False
+    rules: AdmissionRules = field(default_factory=AdmissionRules)
 
     def __post_init__(self) -> None:
         self.clock = ManualClock()
         self.deadlines = Deadlines(self.clock)
         self.metrics = Metrics(100)
         self.pool = Pool(Catalogue())
+        self.called: list[Callable[[], None]] = []
+        self.admission = Admission(self.pool, self.metrics, self.clock, self.rules, self.called.append)
         self.attempts: list[FakeConnection] = []
         specs = [
             EndpointSpec(f"e{number}", "http://engine", ENGINES["vllm"], Address("engine", 80), models=((MODEL, OWN),))
@@ -218,7 +223,7 @@ class Stage:
             self.order,
             self.ticket,
             self.client,
-            self.pool,
+            self.admission,
             self.deadlines,
             self.limits,
             self.metrics,

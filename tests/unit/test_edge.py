@@ -107,7 +107,7 @@ def house(tmp_path: Path) -> Iterator[House]:
     executor = HeldExecutor()
     edge = Suspending(
         Authenticator({hashlib.sha256(KEY).digest(): alice}),
-        stage.pool,
+        stage.admission,
         stage.deadlines,
         stage.metrics,
         Log("json", log_file),

@@ -40,6 +40,7 @@ CONTRACT: list[tuple[Kind, int, str, str | None]] = [
     (Kind.TOO_MANY_REQUESTS, 429, "requests", "rate_limit_exceeded"),
     (Kind.TOO_MANY_TOKENS, 429, "tokens", "rate_limit_exceeded"),
     (Kind.OVER_BUDGET, 429, "insufficient_quota", "insufficient_quota"),
+    (Kind.SLOW_DOWN, 429, "rate_limit_error", "slow_down"),
     (Kind.LIMITS_AWAY, 503, "service_unavailable_error", "limits_unavailable"),
     (Kind.BUSY, 503, "service_unavailable_error", "server_is_overloaded"),
     (Kind.STATE_AWAY, 503, "service_unavailable_error", "state_unavailable"),
@@ -102,6 +103,7 @@ def test_no_kind_is_retried_by_mistake() -> None:
     assert retried == {
         Kind.TOO_MANY_REQUESTS,
         Kind.TOO_MANY_TOKENS,
+        Kind.SLOW_DOWN,
         Kind.LIMITS_AWAY,
         Kind.STATE_AWAY,
         Kind.SLOW_CLIENT,

@@ -291,14 +291,6 @@ def test_without_any_engine() -> None:
     stage.check_over(Outcome.NO_ENGINE, 503)
 
 
-def test_an_engine_at_its_limit_is_busy_not_gone() -> None:
-    stage = Stage()
-    stage.connections[0].full = True
-    stage.relay.start(stage.clock())
-    assert "limit" in stage.client.json["error"]["message"]
-    stage.check_over(Outcome.BUSY, 503)
-
-
 def test_a_path_no_engine_offers_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(stream=False)
     monkeypatch.setattr(type(stage.endpoint.engine), "paths", {})

@@ -1,0 +1,286 @@
+"""Who is sent to an engine now, who waits, and who is refused: the shell around the queue and the endpoints' limits.
+
+Rule 1: whoever can be served at once is, without a place in the queue; nobody overtakes those who wait for the same.
+Rule 2: whoever waits costs no task: his relay is told when it is his turn, and keeps its own deadlines meanwhile.
+Rule 3: turns are given out once an event loop's turn, after whatever made room is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from gateway.errors import Kind, Refusal
+from gateway.metrics import Metrics
+from gateway.policy.concurrency import ConcurrencyRules
+from gateway.policy.queue import Queue, QueueRules, Rejected, Waiting, Why
+from gateway.policy.routing import least_loaded
+from gateway.serving.deadlines import NEVER
+from gateway.serving.pool import Endpoint, Group, Pool
+
+if TYPE_CHECKING:
+    from gateway.serving.ticket import Ticket
+
+CLASSES = ("priority", "default", "flex")
+"""The best first; the words are those of OpenAI's ``service_tier``."""
+DEFAULT = CLASSES.index("default")
+LOOK = 0.1
+"""Seconds after which those who wait are looked at again, whatever happened: endpoints come up by themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionRules:
+    """``patience``: seconds that each class may wait; ``output_weight``: what a token of an answer counts for when
+    tenants share, one of a prompt being 1."""
+
+    queue: QueueRules = field(default_factory=QueueRules)
+    capacity: ConcurrencyRules = field(default_factory=ConcurrencyRules)
+    patience: tuple[float, ...] = (60.0, 60.0, 600.0)
+    output_weight: float = 2.0
+
+    def cost(self, prompt: int, output: int) -> float:
+        """Return what a request counts for when tenants share."""
+        return 1.0 + prompt + self.output_weight * output
+
+
+class Terms(msgspec.Struct, frozen=True, gc=False):
+    """On what terms a request waits: its class, and how many seconds its client has patience for (None: as many as the
+    class)."""
+
+    rank: int = DEFAULT
+    patience: float | None = None
+
+
+USUAL = Terms()
+
+
+class Waiter(Protocol):
+    """Whoever waits for an engine."""
+
+    def on_turn(self, now: float) -> None:
+        """Take that it is his turn: an endpoint has room for him."""
+        ...
+
+    def on_displaced(self, rejected: Rejected, now: float) -> None:
+        """Take that he has to make room for somebody else."""
+        ...
+
+    def on_regroup(self, now: float) -> None:
+        """Take that other endpoints serve what he waits for, and that he is in no line any more."""
+        ...
+
+
+class Admission:
+    """The queue of one replica and what stands between it and the endpoints. ``soon`` calls back once this turn of the
+    event loop is over."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        rules: AdmissionRules,
+        soon: Callable[[Callable[[], None]], object],
+    ) -> None:
+        self.pool = pool
+        self.queue = Queue(rules.queue, len(CLASSES))
+        self.rules = rules
+        self._metrics = metrics
+        self._clock = clock
+        self._soon = soon
+        self._freed: dict[Endpoint, None] = {}
+        self._lines: dict[Endpoint, dict[Group, None]] = {}
+        """Of each endpoint the lines of those who may wait for it."""
+        self._called = False
+        self._round = 0
+        self.deadline = NEVER
+        pool.on_index = self._regroup
+        self.configure(rules)
+
+    def configure(self, rules: AdmissionRules) -> None:
+        """Take other rules; whoever waits keeps his place."""
+        self.rules = rules
+        self.queue.rules = rules.queue
+        self.pool.give_at_most(rules.capacity)
+        self.deadline = 0.0 if rules.capacity.targets else min(self.deadline, NEVER)
+
+    # --- who is served now ------------------------------------------------------------------------------------------
+
+    def choose(
+        self, group: Group, tried: Collection[Endpoint], tokens: int, now: float, *, turn: bool = False
+    ) -> Endpoint | None:
+        """Return the endpoint that serves a request now; None: none has room, or others wait for one (unless it is the
+        request's own ``turn``)."""
+        if not turn and self.queue.count and self.queue.waiting(group):
+            return None
+        endpoints = group.endpoints
+        if len(endpoints) == 1:
+            only = endpoints[0]
+            return only if only not in tried and only.room(tokens) else None
+        self._round += 1
+        with_room = [endpoint for endpoint in endpoints if endpoint not in tried and endpoint.room(tokens)]
+        found = least_loaded(with_room, (), self._round, now)
+        if found is None or found.trusted(now) or not self._better(group, tried, now):
+            return found
+        return None
+
+    @staticmethod
+    def _better(group: Group, tried: Collection[Endpoint], now: float) -> bool:
+        """Whether somebody else, busy now, is a better choice than an endpoint that is not trusted."""
+        return any(one.available and one.trusted(now) for one in group.endpoints if one not in tried)
+
+    @staticmethod
+    def hopeful(group: Group, tried: Collection[Endpoint]) -> bool:
+        """Whether it is any use to wait: an endpoint is there that is only busy."""
+        return any(one.healthy and not one.holds for one in group.endpoints if one not in tried)
+
+    # --- who waits --------------------------------------------------------------------------------------------------
+
+    def place(
+        self, ticket: Ticket, terms: Terms, weight: float, size: tuple[int, int], now: float, waiter: Waiter | None
+    ) -> Waiting:
+        """Return what the queue must know of a request whose prompt and answers are estimated at ``size`` tokens."""
+        rules, (prompt, output) = self.rules, size
+        patience = rules.patience[terms.rank]
+        if terms.patience is not None and terms.patience < patience:
+            patience = terms.patience
+        return Waiting(
+            ticket.tenant,
+            now,
+            ticket.started + patience,
+            rank=terms.rank,
+            weight=weight,
+            cost=rules.cost(prompt, output),
+            tokens=prompt + output,
+            size=ticket.bytes_in,
+            waiter=waiter,
+        )
+
+    def look(self, group: Group, item: Waiting, now: float) -> Rejected | None:
+        """Tell whether a request would be refused a place now, before anything is reserved for it."""
+        if not self.queue.waiting(group):
+            return None
+        rejected = self.queue.look(group, item, now)
+        if rejected is not None:
+            self._metrics.queue_refused(CLASSES[item.rank], rejected.why.value)
+        return rejected
+
+    def enter(self, group: Group, item: Waiting, now: float) -> Rejected | None:
+        """Let a request wait, or say why it may not."""
+        result = self.queue.enter(group, item, now)
+        if isinstance(result, Rejected):
+            self._metrics.queue_refused(CLASSES[item.rank], result.why.value)
+            return result
+        for endpoint in group.endpoints:
+            self._lines.setdefault(endpoint, {})[group] = None
+        self.deadline = min(self.deadline, now + LOOK)
+        if result is not None:
+            waiter: Waiter = result.waiter
+            waiter.on_displaced(self.give_up(result, now, Why.DISPLACED), now)
+        return None
+
+    def leave(self, item: Waiting) -> None:
+        """Let go of a request that waits no longer, unless it is out already."""
+        if not item.gone:
+            self.queue.leave(item)
+
+    def give_up(self, item: Waiting, now: float, why: Why) -> Rejected:
+        """Return what a request is told that waited in vain."""
+        self.leave(item)
+        self._metrics.queue_refused(CLASSES[item.rank], why.value)
+        return self.queue.displaced(item, now, why)
+
+    def settle(self, item: Waiting, prompt: int, output: int) -> None:
+        """Correct what the tenant was charged by what the request really used."""
+        self.queue.settle(item, self.rules.cost(prompt, output) - item.cost)
+
+    # --- whose turn it is -------------------------------------------------------------------------------------------
+
+    def freed(self, endpoint: Endpoint) -> None:
+        """Take that an endpoint may have room again."""
+        if self.queue.count:
+            self._freed[endpoint] = None
+            if not self._called:
+                self._called = True
+                self._soon(self._turns)
+
+    def _turns(self) -> None:
+        self._called = False
+        self._give_turns(self._clock())
+
+    def _give_turns(self, now: float) -> None:
+        while self._freed and self.queue.count:
+            endpoint, _ = self._freed.popitem()
+            lines = self._lines.get(endpoint, ())
+            fits = partial(self._fits, endpoint, now)
+            # At most as often as somebody waits: whoever cannot be sent after all waits again, and not for ever here.
+            for _ in range(self.queue.count):
+                item = self.queue.next(lines, fits, now)
+                if item is None:
+                    break
+                self._metrics.queue_waited(CLASSES[item.rank], now - item.arrived)
+                waiter: Waiter = item.waiter
+                waiter.on_turn(now)
+        self._freed.clear()
+
+    def _fits(self, endpoint: Endpoint, now: float, item: Waiting) -> bool:
+        if not endpoint.room(item.tokens):
+            return False
+        assert item.line is not None
+        group = item.line.key
+        assert isinstance(group, Group)
+        return endpoint.trusted(now) or not self._better(group, (), now)
+
+    def on_deadline(self, now: float) -> None:
+        """Look at those who wait, and at how fast endpoints answer: what made room was perhaps nobody's word."""
+        watched = False
+        for endpoint in self.pool.endpoints:
+            if endpoint.watched:
+                watched = True
+                endpoint.adapt(now)
+        if self.queue.count:
+            self._freed.update(dict.fromkeys(self._lines))
+            self._give_turns(now)
+        self.deadline = now + LOOK if watched or self.queue.count else NEVER
+
+    def _regroup(self) -> None:
+        """Queue everybody anew: other endpoints serve what they wait for."""
+        groups = {group: None for lines in self._lines.values() for group in lines}
+        self._lines.clear()
+        self._freed.clear()
+        now = self._clock()
+        for item in [item for group in groups for item in self.queue.forget(group)]:
+            waiter: Waiter = item.waiter
+            waiter.on_regroup(now)
+        for endpoint in self._lines:
+            self.freed(endpoint)
+
+    def waiting(self) -> Iterable[tuple[str, int]]:
+        """Return how many of each class wait."""
+        return zip(CLASSES, self.queue.by_class(), strict=True)
+
+
+_TOLD = {
+    Why.FULL: "As many requests as may are waiting already.",
+    Why.DISPLACED: "It had to make room for others: fewer of theirs were waiting, or they go first.",
+}
+
+
+def slow_down(rejected: Rejected, model: str, waited: float) -> Refusal:
+    """Return what a client is told whose request is not let in, or waited in vain."""
+    if rejected.why is Why.LATE:
+        why = f"This request would have to wait for about {_seconds(rejected.wait)}, longer than it may."
+    elif rejected.why is Why.EXPIRED:
+        why = f"This request waited for {_seconds(waited)}, as long as it may, and none came free."
+    else:
+        why = _TOLD[rejected.why]
+    told = f"The engines that serve {model!r} are busy. {why} Send it again in {_seconds(rejected.retry_after)}."
+    return Refusal(Kind.SLOW_DOWN, told, retry_after=rejected.retry_after)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -1,0 +1,375 @@
+"""Requests that wait for an engine, without sockets: who is sent when, and that everybody's account ends at nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engines.registry import ENGINES
+from gateway.policy.concurrency import ConcurrencyRules, Targets
+from gateway.policy.queue import QueueRules
+from gateway.serving.admission import USUAL, AdmissionRules, Terms
+from gateway.serving.pool import EndpointSpec
+from gateway.serving.relay import HEARTBEAT, Order, Relay
+from gateway.serving.ticket import Outcome, Ticket
+from gateway.serving.upstream import Address, Connections, Loss
+from tests.unit.ports import MODEL, OWN, FakeClient, FakeConnection, FakeConnections, Stage
+
+ONE_AT_ONCE = AdmissionRules(capacity=ConcurrencyRules(most=1), patience=(30.0, 30.0, 300.0))
+FIRST = b'data: {"model":"own-name","choices":[{"delta":{"content":"a"}}]}\n\n'
+REST = b"data: [DONE]\n\n"
+
+
+@dataclass
+class Asked:
+    """One request of several, and all that is known of it."""
+
+    relay: Relay
+    client: FakeClient
+    ticket: Ticket
+    settled: list[tuple[Outcome, int]] = field(default_factory=list)
+
+    @property
+    def waits(self) -> bool:
+        return self.relay._queued
+
+
+class Crowd(Stage):
+    """Many requests before the same engines."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.deadlines.watch(self.admission)
+
+    def fake_connections(self) -> None:
+        """Let engines that are new answer as a test says too."""
+        for endpoint in self.pool.endpoints:
+            if type(endpoint.connections) is Connections:
+                endpoint.connections = cast(Connections, FakeConnections(endpoint.name, self.attempts))
+
+    def ask(self, tenant: str = "a", *, stream: bool = True, terms: Terms = USUAL) -> Asked:
+        """Send one more request on its way."""
+        settled: list[tuple[Outcome, int]] = []
+        ticket = Ticket(
+            self.metrics,
+            lambda ticket, outcome, status, now: settled.append((outcome, status)),
+            f"req_{tenant}",
+            self.path,
+            self.clock(),
+        )
+        ticket.tenant = tenant
+        ticket.serve(MODEL, stream)
+        client = FakeClient()
+        order = Order(self.order.route, MODEL, dict(self.fields), stream, stream, True, None, terms)
+        relay = Relay(
+            order, ticket, client, self.admission, self.deadlines, self.limits, self.metrics, self.done.append
+        )
+        relay.start(self.clock())
+        return Asked(relay, client, ticket, settled)
+
+    def turns(self) -> None:
+        """Let the event loop's turn be over."""
+        called, self.called[:] = list(self.called), []
+        for callback in called:
+            callback()
+
+    def attempt_of(self, asked: Asked) -> FakeConnection | None:
+        """The attempt that a request has under way."""
+        return next((one for one in self.attempts if one.receiver is asked.relay and one.ended == ""), None)
+
+    def finish(self, asked: Asked) -> None:
+        """Have its engine answer to the end."""
+        attempt = self.attempt_of(asked)
+        assert attempt is not None
+        if not attempt.connected:
+            attempt.connect()
+        if not attempt.headed:
+            attempt.head()
+        attempt.data(FIRST + REST)
+        self.turns()
+
+
+def test_what_an_engine_has_no_room_for_waits_and_is_sent_when_it_has() -> None:
+    """Nothing is sent beyond the limit, and nobody is woken before his turn."""
+    crowd = Crowd(rules=ONE_AT_ONCE)
+    first, second, third = crowd.ask(), crowd.ask(), crowd.ask()
+    assert len(crowd.attempts) == 1
+    assert (second.waits, third.waits) == (True, True)
+    crowd.clock.advance(3)
+    crowd.finish(first)
+    assert crowd.attempt_of(second) is not None
+    assert third.waits
+    assert second.ticket.waited == 3
+    crowd.finish(second)
+    crowd.finish(third)
+    assert [one.settled for one in (first, second, third)] == [[(Outcome.OK, 200)]] * 3
+    assert crowd.in_flight == 0
+
+
+def test_a_client_that_leaves_leaves_the_queue() -> None:
+    """Its turn is somebody else's."""
+    crowd = Crowd(rules=ONE_AT_ONCE)
+    first, second, third = crowd.ask(), crowd.ask(), crowd.ask()
+    second.relay.client_gone()
+    assert second.settled == [(Outcome.CLIENT_GONE, 499)]
+    crowd.finish(first)
+    assert crowd.attempt_of(third) is not None
+    assert len(crowd.attempts) == 2
+    assert crowd.admission.queue.count == 0
+
+
+def test_who_waited_as_long_as_he_may_is_told_to_slow_down() -> None:
+    """The answer says why and when to come again; whoever waits on is not touched."""
+    crowd = Crowd(rules=ONE_AT_ONCE)
+    first = crowd.ask()
+    crowd.attempt.connect()
+    second = crowd.ask(stream=False, terms=Terms(patience=5.0))
+    third = crowd.ask()
+    crowd.advance(5)
+    error = second.client.json["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "slow_down")
+    assert "waited for 5.0 s" in error["message"]
+    assert int(second.client.headers[b"retry-after"]) >= 1
+    assert second.client.headers[b"x-should-retry"] == b"true"
+    assert second.settled == [(Outcome.BUSY, 429)]
+    assert third.waits
+    crowd.finish(first)
+    assert crowd.attempt_of(third) is not None
+
+
+def test_a_waiting_stream_hears_that_it_is_alive() -> None:
+    """Hops that cut silent connections see a comment; after it a refusal can only be an event."""
+    crowd = Crowd(rules=ONE_AT_ONCE)
+    crowd.ask()
+    second = crowd.ask(terms=Terms(patience=20.0))
+    crowd.advance(15)
+    assert second.client.out == HEARTBEAT
+    crowd.advance(5)
+    assert second.settled == [(Outcome.BUSY, 200)]
+    assert b'"code":"slow_down"' in second.client.events[-1]
+    assert second.client.closed
+
+
+def test_a_request_that_an_engine_broke_over_waits_for_another_and_not_for_the_same() -> None:
+    """The survivor is not given more than its limit: no herd."""
+    crowd = Crowd(endpoints=2, rules=ONE_AT_ONCE)
+    first, second = crowd.ask(), crowd.ask()
+    broken, well = crowd.attempt_of(first), crowd.attempt_of(second)
+    assert broken is not None
+    assert well is not None
+    broken.connect()
+    broken.lose(Loss.CLOSED)
+    assert first.waits
+    crowd.turns()
+    assert first.waits, "it was sent to the engine that broke over it"
+    third = crowd.ask()
+    assert crowd.attempts[-1].endpoint == broken.endpoint, "an engine with room is not used"
+    crowd.finish(second)
+    again = crowd.attempt_of(first)
+    assert again is not None
+    assert again.endpoint == well.endpoint
+    crowd.finish(first)
+    crowd.finish(third)
+    assert first.settled == [(Outcome.OK, 200)]
+    assert first.ticket.attempts == 2
+    assert crowd.in_flight == 0
+
+
+def test_an_engine_that_comes_up_by_itself_is_noticed() -> None:
+    """Nobody's end made room: those who wait are looked at from time to time."""
+    crowd = Crowd(endpoints=2, rules=ONE_AT_ONCE)
+    crowd.pool.endpoints[1].down("as the test says")
+    crowd.ask()
+    second = crowd.ask()
+    assert second.waits
+    crowd.pool.endpoints[1].up(crowd.clock())
+    crowd.advance(0.2)
+    assert crowd.attempt_of(second) is not None
+
+
+def test_who_waits_is_queued_anew_when_other_engines_serve_his_model() -> None:
+    """A new engine takes him; where none is left he is told so."""
+    crowd = Crowd(rules=ONE_AT_ONCE)
+    crowd.ask()
+    second, third = crowd.ask(), crowd.ask()
+    old = crowd.pool.endpoints[0].spec
+    new = EndpointSpec("new", "http://new", ENGINES["vllm"], Address("new", 80), models=((MODEL, OWN),))
+    crowd.pool.configure([old, new], 1)
+    crowd.fake_connections()
+    crowd.turns()
+    assert second.relay._endpoint is crowd.pool.endpoints[1]
+    assert third.waits
+    crowd.pool.configure([], 1)
+    assert third.settled == [(Outcome.NO_ENGINE, 503)]
+    assert crowd.admission.queue.count == 0
+    second.relay.client_gone()
+
+
+def test_nobody_waits_for_engines_that_take_nothing() -> None:
+    """Drained or gone, the answer is the same as without a queue, at once."""
+    crowd = Crowd(rules=ONE_AT_ONCE)
+    crowd.endpoint.holds.add("operator")
+    assert crowd.ask().settled == [(Outcome.NO_ENGINE, 503)]
+
+
+def test_a_shutdown_ends_waiting_too() -> None:
+    """With the words of a shutdown."""
+    crowd = Crowd(rules=ONE_AT_ONCE)
+    crowd.ask()
+    second = crowd.ask(stream=False)
+    second.relay.shut_down()
+    assert second.settled == [(Outcome.SHUTDOWN, 503)]
+    assert crowd.admission.queue.count == 0
+
+
+def test_a_flood_makes_room_for_others() -> None:
+    """A tenant that fills the queue loses its latest request to one that has none waiting."""
+    rules = AdmissionRules(QueueRules(requests=2), ConcurrencyRules(most=1))
+    crowd = Crowd(rules=rules)
+    crowd.ask("flood")
+    second, third = crowd.ask("flood"), crowd.ask("flood")
+    quiet = crowd.ask("quiet")
+    assert third.settled == [(Outcome.BUSY, 429)]
+    assert b"make room" in third.client.out
+    assert (second.waits, quiet.waits) == (True, True)
+    assert crowd.ask("flood").settled == [(Outcome.BUSY, 429)]
+
+
+def test_a_better_class_goes_first() -> None:
+    """Whoever came before it or not."""
+    crowd = Crowd(rules=ONE_AT_ONCE)
+    first = crowd.ask()
+    usual, better = crowd.ask(), crowd.ask(terms=Terms(rank=0))
+    crowd.finish(first)
+    assert crowd.attempt_of(better) is not None
+    assert usual.waits
+
+
+def test_the_limit_is_learnt_from_how_fast_an_engine_answers() -> None:
+    """Tokens that come too slowly lower what it is given; the next one waits."""
+    capacity = ConcurrencyRules(Targets(inter_token=0.05), start=8, most=100)
+    crowd = Crowd(rules=AdmissionRules(capacity=capacity))
+    asked = [crowd.ask(str(number)) for number in range(8)]
+    for _ in range(4):
+        for one in asked:
+            attempt = crowd.attempt_of(one)
+            assert attempt is not None
+            if not attempt.connected:
+                attempt.connect()
+                attempt.head()
+            attempt.data(FIRST)
+        crowd.clock.advance(0.2)
+    crowd.admission.on_deadline(crowd.clock())
+    assert crowd.endpoint.most == 6
+    for one in asked[:3]:
+        crowd.finish(one)
+    assert not crowd.ask().waits
+    assert crowd.ask().waits
+    crowd.endpoint.give_at_most(ConcurrencyRules())
+    crowd.advance(0.2)
+    assert crowd.in_flight == 7
+
+
+class AnyCrowd(RuleBasedStateMachine):
+    """Requests come, are answered, break, leave and wait too long in any order, before engines that come and go."""
+
+    MOST = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        rules = AdmissionRules(QueueRules(requests=6, aged=2.0), ConcurrencyRules(most=self.MOST), (9.0, 9.0, 60.0))
+        self.crowd = Crowd(endpoints=3, rules=rules)
+        self.all: list[Asked] = []
+
+    @property
+    def open(self) -> list[Asked]:
+        return [one for one in self.all if not one.settled]
+
+    @rule(tenant=st.sampled_from("abc"), rank=st.integers(0, 2), stream=st.booleans())
+    def ask(self, tenant: str, rank: int, stream: bool) -> None:
+        self.all.append(self.crowd.ask(tenant, stream=stream, terms=Terms(rank)))
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.open)).relay.client_gone()
+        self.crowd.turns()
+
+    @precondition(lambda self: any(self.crowd.attempt_of(one) for one in self.open))
+    @rule(data=st.data(), how=st.sampled_from(["answer", "break", "refuse", "full", "begin"]))
+    def engine(self, data: st.DataObject, how: str) -> None:
+        under_way = [attempt for one in self.open if (attempt := self.crowd.attempt_of(one)) is not None]
+        attempt = data.draw(st.sampled_from(under_way))
+        if not attempt.connected:
+            if how == "refuse":
+                attempt.lose(Loss.CONNECT)
+                self.crowd.turns()
+                return
+            attempt.connect()
+        if how == "break":
+            attempt.lose(Loss.CLOSED)
+        elif how == "full" and not attempt.headed:
+            attempt.head(503, b"application/json")
+            attempt.data(b'{"error":{"message":"full","type":"x","code":503}}')
+            attempt.complete()
+        else:
+            if not attempt.headed:
+                attempt.head()
+            attempt.data(FIRST if how == "begin" else FIRST + REST)
+        self.crowd.turns()
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 5.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.crowd.advance(seconds)
+
+    @rule(number=st.integers(0, 2), comes=st.booleans())
+    def health(self, number: int, comes: bool) -> None:
+        endpoint = self.crowd.pool.endpoints[number]
+        if comes:
+            endpoint.up(self.crowd.clock())
+        else:
+            endpoint.down("as the test says")
+
+    @invariant()
+    def nobody_is_both_let_in_and_refused(self) -> None:
+        for one in self.all:
+            assert len(one.settled) <= 1
+            assert not (one.waits and self.crowd.attempt_of(one)), "waits and is served"
+            assert not (one.waits and one.settled), "waits and is answered"
+            if not one.settled:
+                assert one.waits or self.crowd.attempt_of(one), "is forgotten"
+        assert self.crowd.admission.queue.count == sum(one.waits for one in self.all)
+
+    @invariant()
+    def no_engine_gets_more_than_its_limit(self) -> None:
+        for endpoint in self.crowd.pool.endpoints:
+            mine = [one for one in self.open if one.relay._endpoint is endpoint]
+            assert endpoint.in_flight == len(mine) <= self.MOST
+            assert endpoint.tokens == endpoint.prefilling == 0
+
+    @invariant()
+    def no_engine_is_idle_while_somebody_waits_for_it(self) -> None:
+        now = self.crowd.clock()
+        self.crowd.turns()
+        for one in self.all:
+            if one.waits:
+                left = [end for end in self.crowd.pool.endpoints if end not in one.relay._tried]
+                idle = [end for end in left if end.room(0) and end.trusted(now) and end.ramp_until <= now]
+                # One that came up by itself is seen at the next look.
+                assert not idle or self.crowd.admission.deadline <= now + 0.1
+
+    def teardown(self) -> None:
+        for one in self.open:
+            one.relay.client_gone()
+        self.crowd.turns()
+        assert all(len(one.settled) == 1 for one in self.all)
+        assert self.crowd.in_flight == self.crowd.admission.queue.count == 0
+        assert len(self.crowd.deadlines) == 1, "somebody keeps a deadline beside admission itself"
+
+
+TestAnyCrowd = AnyCrowd.TestCase
+TestAnyCrowd.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
