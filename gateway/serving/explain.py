@@ -47,6 +47,7 @@ class TimeSplit(msgspec.Struct, frozen=True, omit_defaults=True):
     headers: float | None = None
     body: float | None = None
     policy: float | None = None
+    queue: float | None = None
     connect: float | None = None
     first_event: float | None = None
     rest: float | None = None
@@ -136,7 +137,14 @@ def _time_split(ticket: Ticket, end: float) -> TimeSplit:
         split.append(to_ms(at - before) if at else None)
         before = at or before
     headers, body, policy, connect, first_event = split
-    return TimeSplit(headers, body, policy, connect, first_event, to_ms(end - before))
+    rest = to_ms(end - before)
+    queue = to_ms(ticket.waited) if ticket.waited else None
+    if queue is not None and connect is not None:
+        connect = round(connect - queue, 3)
+    elif queue is not None:
+        # No engine was reached: it waited for the rest of its time.
+        rest = round(rest - queue, 3)
+    return TimeSplit(headers, body, policy, queue, connect, first_event, rest)
 
 
 def _tried(attempt: Attempt, outcome: str, end: float) -> Tried:

