@@ -1,8 +1,8 @@
 """Which endpoint holds which beginning of a prompt, as far as requests sent there tell.
 
 Rule 1: a block stands for everything before it too, so who holds one holds all those before it.
-Rule 2: nothing is claimed that was not learned; what was not used for a while is forgotten, deep blocks before shallow.
-Rule 3: memory is bounded: so many blocks, each with one bit an endpoint; adding one costs the same however many there are.
+Rule 2: nothing is claimed that was not learned; what is not used for long is forgotten, deep blocks before shallow.
+Rule 3: memory is bounded: so many blocks, each with one bit an endpoint; to add one costs the same however many.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MOST_BLOCKS = 256
 """Blocks of a prompt that are told apart: what comes after the first 64 KB has no part in routing."""
 MOST_HOLDERS = 8
 CAPACITY = 262_144
-"""Blocks an index keeps: 20 to 60 MB, and as much text as 17 million tokens, the caches of forty H100 with an 8B model."""
+"""Blocks an index keeps: 20 to 60 MB, and 17 million tokens of text: forty caches of an 8B model on an H100."""
 
 
 def block_hashes(seed: int, data: bytes | memoryview, size: int = BLOCK, most: int = MOST_BLOCKS) -> tuple[int, ...]:
