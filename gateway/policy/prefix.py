@@ -7,7 +7,7 @@ Rule 3: memory is bounded: so many blocks, each with one bit an endpoint; to add
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 BLOCK = 256
 """Bytes of a prompt that are one block: about 64 tokens of English."""
@@ -81,17 +81,31 @@ class PrefixIndex:
 
         ``turn`` (any integer of at least 0): where more hold equally much than there is room for, whose turn it is.
         """
-        if not blocks or not self._held(blocks[0]):
-            return []
         found: list[tuple[str, int]] = []
-        depth, seen = len(blocks), 0
-        while depth := self._deepest(blocks, depth, seen):
-            fresh = self._held(blocks[depth - 1]) & ~seen
-            for bit in _bits(fresh, turn, len(self._names)):
+        among, depth = self._live, len(blocks)
+        while depth and (depth := self._deepest(blocks, depth, among)):
+            best = self._held(blocks[depth - 1]) & among
+            for bit in _bits(best, turn, len(self._names)):
                 found.append((self._names[bit.bit_length() - 1], depth))
                 if len(found) == most:
                     return found
-            seen |= fresh
+            among ^= best
+            depth -= 1
+        return found
+
+    def matched(self, endpoints: Iterable[str], blocks: Sequence[int]) -> dict[str, int]:
+        """Return how many of the blocks each of these endpoints holds, those left out that hold none."""
+        found: dict[str, int] = {}
+        among, depth = 0, len(blocks)
+        for endpoint in endpoints:
+            among |= self._bits.get(endpoint, 0)
+        while among and depth and (depth := self._deepest(blocks, depth, among)):
+            best = self._held(blocks[depth - 1]) & among
+            among ^= best
+            while best:
+                bit = best & -best
+                best ^= bit
+                found[self._names[bit.bit_length() - 1]] = depth
             depth -= 1
         return found
 
@@ -109,14 +123,17 @@ class PrefixIndex:
     def _held(self, block: int) -> int:
         return (self._young.get(block, 0) | self._old.get(block, 0)) & self._live
 
-    def _deepest(self, blocks: Sequence[int], most: int, seen: int) -> int:
-        """Return the greatest number of blocks, ``most`` or fewer, all of which somebody not ``seen`` holds."""
-        if not most or not self._held(blocks[0]) & ~seen:
+    def _deepest(self, blocks: Sequence[int], most: int, among: int) -> int:
+        """Return the greatest number of blocks, ``most`` or fewer, all of which one of those ``among`` holds."""
+        young, old = self._young.get, self._old.get
+        block = blocks[0]
+        if not (young(block, 0) | old(block, 0)) & among:
             return 0
         low, high = 1, most
         middle = high
         while low < high:
-            if self._held(blocks[middle - 1]) & ~seen:
+            block = blocks[middle - 1]
+            if (young(block, 0) | old(block, 0)) & among:
                 low = middle
             else:
                 high = middle - 1

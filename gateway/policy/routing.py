@@ -1,13 +1,47 @@
-"""Which endpoint serves a request."""
+"""Which endpoint serves a request.
+
+``least_loaded`` knows nothing of the request. ``Router`` does, and weighs in one unit, the predicted seconds until the
+first token: the prompts to be read before this one, what of this one is not cached there, and as seconds what else
+speaks against an endpoint (``scorers.Weights``).
+
+Rule 1: only an endpoint that is available, not tried and has room is chosen; one is always found while there is one.
+Rule 2: one that is not trusted is chosen only when no other is left: a bad engine is better than a sure refusal, so
+        ejecting every endpoint ejects none.
+Rule 3: at most ``MOST_SCORED`` are looked at closely, however many there are.
+Rule 4: what is equal shares the work; a newcomer counts with its share.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from math import inf
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from gateway.policy import scorers
+from gateway.policy.prefix import PrefixIndex
+from gateway.policy.ring import Ring
+from gateway.policy.scorers import Slots, Weights
 
 LEAST_SHARE = 0.1
 """What an endpoint that has just come up gets of a whole share: enough to warm it up."""
+MOST_SCORED = 8
+HOLDERS = 3
+"""Of a prompt's beginning, at most so many are proposed."""
+ADAPTER_HOLDERS = 2
+AT_RANDOM = 4
+"""So many are proposed whatever they hold, two at least: more than two choices still shorten the tail."""
+HOMES = 3
+"""Of a session's homes, so many are tried when those before are away."""
+TRIES = 8
+"""Further random ones before all are looked at."""
+ADAPTERS = 4096
+"""Adapters whose last endpoints are remembered."""
+SETS = 256
+"""Sets of endpoints whose ring and names are kept; models that the same endpoints serve share one."""
+_LARGE = 1 << 32
 
 
 class Candidate(Protocol):
@@ -66,3 +100,331 @@ def share(since: float, until: float, now: float) -> float:
     if now >= until:
         return 1.0
     return max(LEAST_SHARE, (now - since) / (until - since))
+
+
+class Contender(Candidate, Protocol):
+    """What the router looks at beyond that. Tokens are estimates, of prompt and output where not said otherwise."""
+
+    @property
+    def name(self) -> str:
+        """What it is known by, never that of another."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Of the requests in flight."""
+        ...
+
+    @property
+    def prefilling(self) -> int:
+        """Prompt tokens sent whose first token has not come; best counted as ``Choice.uncached``."""
+        ...
+
+    @property
+    def most(self) -> int:
+        """Requests it serves at once at most, 0: not known."""
+        ...
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens it serves at once at most, 0: not known."""
+        ...
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens it reads in a second, 0: not known."""
+        ...
+
+    @property
+    def slots(self) -> Slots | None:
+        """Its places for adapters; None: adapters make no difference to it."""
+        ...
+
+    def room(self, tokens: int) -> bool:
+        """Whether it has capacity for one more request of so many tokens."""
+        ...
+
+
+class Job(msgspec.Struct, gc=False):
+    """What the router needs to know of a request.
+
+    ``prompt`` and ``output`` in tokens, estimated; ``blocks`` as ``prefix.block_hashes`` gives them: () until
+    ``Router.needs_blocks`` asks for them; ``session`` any whole number that processes agree on, 0: none.
+    """
+
+    prompt: int
+    output: int
+    blocks: tuple[int, ...] = ()
+    session: int = 0
+    adapter: str | None = None
+
+
+K = TypeVar("K", bound=Contender)
+
+
+class Scored(msgspec.Struct, Generic[K], gc=False):
+    """What was thought of one endpoint, in raw numbers."""
+
+    endpoint: K
+    cost: float
+    """In seconds; the least is chosen."""
+    seconds: float
+    """Until the first token."""
+    used: float
+    """What part of its limits would be used, this request included."""
+    matched: int
+    """Blocks of the prompt it holds."""
+    home: bool
+    adapter: float = 1.0
+    slots: float = 1.0
+
+
+class Choice(msgspec.Struct, Generic[K], gc=False):
+    """The endpoint that was chosen, and out of whom: ``scored`` is empty where there was no choice."""
+
+    endpoint: K
+    uncached: int
+    """Tokens of the prompt it has to read: what it should count as prefilling until the first token."""
+    matched: int = 0
+    """Blocks of the prompt it holds, of ``blocks``."""
+    blocks: int = 0
+    trusted: bool = True
+    """Whether any endpoint that is trusted was left."""
+    scored: tuple[Scored[K], ...] = ()
+
+    def explained(self) -> list[dict[str, str | float]]:
+        """Return each endpoint that was compared, best first: its name, cost in seconds, and scores from 0 to 1."""
+        ranked = sorted(self.scored, key=lambda one: (one.endpoint is not self.endpoint, one.cost))
+        least = min((one.seconds for one in ranked), default=0.0)
+        return [
+            {
+                "endpoint": one.endpoint.name,
+                "cost": one.cost,
+                "ttft": scorers.ttft(one.seconds, least),
+                "load": scorers.load(one.used),
+                "prefix": scorers.prefix(one.matched, self.blocks),
+                "session": scorers.session(one.home),
+                "adapter": one.adapter,
+                "slots": one.slots,
+            }
+            for one in ranked
+        ]
+
+
+class Router(Generic[K]):
+    """Chooses endpoints, and remembers what each was given. One owner."""
+
+    def __init__(self, weights: Weights | None = None, index: PrefixIndex | None = None) -> None:
+        self.weights = weights or Weights()
+        self._index = PrefixIndex() if index is None else index
+        # Adapter → who was given requests for it, the last one first.
+        self._adapters: dict[str, list[str]] = {}
+        self._places: dict[int, tuple[tuple[K, ...], _Places[K]]] = {}
+        self._alike: dict[tuple[K, ...], _Places[K]] = {}
+
+    def needs_blocks(self, able: Sequence[K]) -> bool:
+        """Tell whether a job's blocks make a difference; they need not be worked out where there is no choice."""
+        return len(able) > 1
+
+    def choose(
+        self, job: Job, able: tuple[K, ...], tried: Collection[K], draw: Callable[[int], int], now: float
+    ) -> Choice[K] | None:
+        """Return who serves a job, None when no endpoint that is available and not tried has room for it.
+
+        ``able``: who could serve it; the same tuple each time, as long as it is the same endpoints. ``draw`` returns a
+        random whole number from 0 to below its argument. ``now`` is of the clock of the endpoints' ramps.
+        """
+        tokens = job.prompt + job.output
+        if len(able) == 1:
+            only = able[0]
+            return Choice(only, job.prompt) if _usable(only, tokens, tried) else None
+        field = _Field(tokens, tried, now)
+        home = None
+        if len(able) <= MOST_SCORED:
+            for endpoint in able:
+                field.offer(endpoint)
+            if job.session:
+                home = next((one for one in self._at(able).homes(job.session) if one in field.good), None)
+        else:
+            if job.session:
+                homes = islice(self._at(able).homes(job.session), HOMES)
+                home = next((one for one in homes if field.offer(one)), None)
+            self._propose(job, able, draw, field)
+        left = field.good or field.bad
+        return self._best(job, left, home, draw, now, trusted=bool(field.good)) if left else None
+
+    def sent(self, job: Job, endpoint: K) -> None:
+        """Note that an endpoint was given a job: it holds its blocks and its adapter from now on."""
+        if job.blocks:
+            self._index.learn(endpoint.name, job.blocks)
+        if job.adapter is not None:
+            self._remember(job.adapter, endpoint.name)
+
+    def gone(self, endpoint: K) -> None:
+        """Note that an endpoint is one no more."""
+        self.emptied(endpoint)
+        self._places.clear()
+        self._alike = {able: places for able, places in self._alike.items() if endpoint not in able}
+
+    def emptied(self, endpoint: K) -> None:
+        """Note that an endpoint holds nothing any more: it was started anew."""
+        self._index.forget(endpoint.name)
+        for names in self._adapters.values():
+            if endpoint.name in names:
+                names.remove(endpoint.name)
+
+    def _propose(self, job: Job, able: tuple[K, ...], draw: Callable[[int], int], field: _Field[K]) -> None:
+        """Fill the field with those that something speaks for, and some at random; with any other if none is left."""
+        by_name = self._at(able).by_name
+        if job.blocks:
+            held = self._index.holders(job.blocks, draw(_LARGE), HOLDERS)
+            field.offer_named((name for name, _ in held), by_name)
+        if job.adapter is not None:
+            field.offer_named(self._adapters.get(job.adapter, ()), by_name)
+        count = len(able)
+        enough = min(len(field.good) + AT_RANDOM, MOST_SCORED)
+        # In steps of a random length from a random one: two draws for all of them.
+        start, step = draw(count), 1 + draw(count - 1)
+        for at in range(start, start + step * (AT_RANDOM + TRIES), step):
+            if field.offer(able[at % count]) and len(field.good) >= enough:
+                return
+        if not field.good:
+            for at in range(start - count, start):
+                if field.offer(able[at]) and len(field.good) == AT_RANDOM:
+                    return
+
+    def _best(
+        self, job: Job, left: Sequence[K], home: K | None, draw: Callable[[int], int], now: float, *, trusted: bool
+    ) -> Choice[K]:
+        held = self._index.matched([endpoint.name for endpoint in left], job.blocks) if job.blocks else {}
+        best: Scored[K] | None = None
+        common = 0.0
+        equals = 1
+        scored = []
+        for endpoint in left:
+            rate = endpoint.prefill_rate
+            if rate <= 0:
+                rate = common = common or _common_rate(left)
+            one = self._weigh(job, endpoint, held.get(endpoint.name, 0), endpoint is home, rate, now)
+            scored.append(one)
+            if best is None or one.cost < best.cost:
+                best, equals = one, 1
+            elif one.cost == best.cost:
+                # Each of those that are equal ends up chosen as often.
+                equals += 1
+                if not draw(equals):
+                    best = one
+        assert best is not None
+        blocks = len(job.blocks)
+        uncached = job.prompt - job.prompt * best.matched // blocks if blocks else job.prompt
+        return Choice(best.endpoint, uncached, best.matched, blocks, trusted, tuple(scored))
+
+    def _weigh(self, job: Job, endpoint: K, matched: int, home: bool, rate: float, now: float) -> Scored[K]:
+        weights = self.weights
+        uncached: float = job.prompt
+        if matched:
+            uncached *= 1.0 - scorers.prefix(matched, len(job.blocks))
+        if home:
+            uncached *= 1.0 - weights.session * scorers.session(home)
+        seconds = scorers.first_token(endpoint.prefilling, uncached, rate)
+        used = scorers.used(
+            endpoint.in_flight + 1, endpoint.most, endpoint.tokens + job.prompt + job.output, endpoint.most_tokens
+        )
+        if endpoint.ramp_until > now:
+            part = share(endpoint.ramp_from, endpoint.ramp_until, now)
+            seconds /= part
+            used /= part
+        cost = scorers.cost(weights, seconds, uncached / rate, used)
+        one = Scored(endpoint, cost, seconds, used, matched, home)
+        if job.adapter is not None and (slots := endpoint.slots) is not None:
+            one.adapter, one.slots = scorers.adapter(job.adapter, slots), scorers.slots(slots)
+            one.cost += weights.adapter * (1.0 - one.adapter)
+            if one.adapter < 1.0:
+                one.cost += weights.slots * (1.0 - one.slots)
+        return one
+
+    def _remember(self, adapter: str, name: str) -> None:
+        names = self._adapters.get(adapter)
+        if names is None:
+            if len(self._adapters) >= ADAPTERS:
+                del self._adapters[next(iter(self._adapters))]
+            self._adapters[adapter] = [name]
+        elif names[0] != name:
+            self._adapters[adapter] = [name, *(other for other in names if other != name)][:ADAPTER_HOLDERS]
+
+    def _at(self, able: tuple[K, ...]) -> _Places[K]:
+        """Return what is known of a set of endpoints: by the tuple itself, or else by one like it."""
+        known = self._places.get(id(able))
+        if known is not None and known[0] is able:
+            return known[1]
+        places = self._alike.get(able)
+        if places is None:
+            if len(self._alike) >= SETS:
+                del self._alike[next(iter(self._alike))]
+            places = self._alike[able] = _Places(able)
+        if len(self._places) >= 16 * SETS:
+            self._places.clear()
+        self._places[id(able)] = able, places
+        return places
+
+
+class _Places(Generic[K]):
+    """What is worked out once for a set of endpoints."""
+
+    def __init__(self, able: tuple[K, ...]) -> None:
+        self.able = able
+        self.by_name = {endpoint.name: endpoint for endpoint in able}
+        self._ring: Ring | None = None
+
+    def homes(self, session: int) -> Iterator[K]:
+        """Yield where a session is at home, best first."""
+        if self._ring is None:
+            self._ring = Ring([endpoint.name for endpoint in self.able])
+        able = self.able
+        return (able[place] for place in self._ring.homes(session))
+
+
+class _Field(Generic[K]):
+    """Those to choose from for one job: at most ``MOST_SCORED`` of either kind."""
+
+    __slots__ = ("bad", "good", "now", "seen", "tokens", "tried")
+
+    def __init__(self, tokens: int, tried: Collection[K], now: float) -> None:
+        self.tokens = tokens
+        self.tried = tried
+        self.now = now
+        self.good: list[K] = []
+        self.bad: list[K] = []
+        """Not trusted."""
+        self.seen: set[K] = set()
+
+    def offer(self, endpoint: K) -> bool:
+        """Take an endpoint that was not seen before, if it can be given the job; tell whether it is a good one."""
+        if endpoint in self.seen:
+            return False
+        self.seen.add(endpoint)
+        if not _usable(endpoint, self.tokens, self.tried):
+            return False
+        if endpoint.trusted(self.now):
+            self.good.append(endpoint)
+            return True
+        if len(self.bad) < MOST_SCORED:
+            self.bad.append(endpoint)
+        return False
+
+    def offer_named(self, names: Iterable[str], by_name: Mapping[str, K]) -> None:
+        """Offer endpoints by name, those that are not able left out."""
+        for name in names:
+            endpoint = by_name.get(name)
+            if endpoint is not None:
+                self.offer(endpoint)
+
+
+def _usable(endpoint: Contender, tokens: int, tried: Collection[Contender]) -> bool:
+    return endpoint.available and endpoint not in tried and endpoint.room(tokens)
+
+
+def _common_rate(endpoints: Sequence[Contender]) -> float:
+    """Return the rate of an endpoint whose own is not known: the mean of the others."""
+    known = [rate for endpoint in endpoints if (rate := endpoint.prefill_rate) > 0]
+    return sum(known) / len(known) if known else scorers.ASSUMED_RATE
