@@ -1,8 +1,15 @@
-"""Whether a request whose attempt failed is sent again, and where."""
+"""Whether a request whose attempt failed is sent again, and where; and how many may be, all in all.
+
+Retries help while few requests fail; when an overload makes most of them fail they would double it. So all retries of a
+gateway come out of one budget, which requests fill.
+"""
 
 from __future__ import annotations
 
 import enum
+import math
+
+import msgspec
 
 
 class Cause(enum.Enum):
@@ -59,3 +66,47 @@ def decide(cause: Cause, attempts: int, retries: int, *, replayed: bool) -> Next
     if then is Next.ELSEWHERE and attempts > retries:
         return Next.GIVE_UP
     return then
+
+
+class BudgetRules(msgspec.Struct, frozen=True, gc=False):
+    """How many retries there may be: a ``share`` of the requests and ``per_second`` more, so that a few always may be.
+
+    What is not used is kept, less and less of it, for about ``window`` seconds: so many seconds' worth may come at once
+    when an engine dies.
+    """
+
+    share: float = 0.2
+    per_second: float = 3.0
+    window: float = 10.0
+
+
+class Budget(msgspec.Struct, frozen=True, gc=False):
+    """How many retries may follow at once, as of ``at`` (seconds of one monotonic clock)."""
+
+    credit: float
+    at: float
+
+
+def fresh(rules: BudgetRules, now: float) -> Budget:
+    """Return the budget of a gateway that has had no requests."""
+    return Budget(rules.per_second * rules.window, now)
+
+
+def requested(budget: Budget, now: float, rules: BudgetRules) -> Budget:
+    """Return the budget after a request, not counting its retries."""
+    return Budget(_credit(budget, now, rules) + rules.share, max(now, budget.at))
+
+
+def retried(budget: Budget, now: float, rules: BudgetRules) -> Budget | None:
+    """Return the budget after one more retry, None when there may be none now."""
+    credit = _credit(budget, now, rules)
+    return Budget(credit - 1.0, max(now, budget.at)) if credit >= 1.0 else None
+
+
+def _credit(budget: Budget, now: float, rules: BudgetRules) -> float:
+    passed = now - budget.at
+    if passed <= 0:
+        return budget.credit
+    # What was saved is forgotten, and without requests it comes to what a window of seconds allows.
+    kept = math.exp(-passed / rules.window)
+    return budget.credit * kept + rules.per_second * rules.window * (1.0 - kept)
