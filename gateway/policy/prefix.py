@@ -7,7 +7,7 @@ Rule 3: memory is bounded: so many blocks, each with one bit an endpoint; to add
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 BLOCK = 256
 """Bytes of a prompt that are one block: about 64 tokens of English."""
@@ -85,10 +85,19 @@ class PrefixIndex:
         among, depth = self._live, len(blocks)
         while depth and (depth := self._deepest(blocks, depth, among)):
             best = self._held(blocks[depth - 1]) & among
-            for bit in _bits(best, turn, len(self._names)):
-                found.append((self._names[bit.bit_length() - 1], depth))
-                if len(found) == most:
-                    return found
+            parts: tuple[int, ...] = (best,)
+            if best.bit_count() > most - len(found):
+                # From the one whose turn it is, and round.
+                start = turn % len(self._names)
+                upper = best >> start << start
+                parts = upper, best ^ upper
+            for part in parts:
+                while part:
+                    bit = part & -part
+                    part ^= bit
+                    found.append((self._names[bit.bit_length() - 1], depth))
+                    if len(found) == most:
+                        return found
             among ^= best
             depth -= 1
         return found
@@ -157,14 +166,3 @@ class PrefixIndex:
         self._free += self._left
         self._left, self._leaving = self._leaving, []
         return self._young
-
-
-def _bits(held: int, turn: int, count: int) -> Iterator[int]:
-    """Yield the bits of a mask of ``count`` bits, beginning with bit ``turn`` and going round."""
-    start = turn % count
-    upper = held >> start << start
-    for part in (upper, held ^ upper):
-        while part:
-            bit = part & -part
-            yield bit
-            part ^= bit

@@ -36,10 +36,13 @@ class Ring:
 
     def homes(self, session: int) -> Iterator[int]:
         """Yield the places a session is at home in, best first: where it goes when those before it are away."""
-        start = bisect_right(self._points, _mixed(session))
-        seen: set[int] = set()
-        for at in range(start - len(self._owners), start):
-            place = self._owners[at]
+        owners = self._owners
+        start = bisect_right(self._points, _mixed(session)) - len(owners)
+        first = owners[start]
+        yield first
+        seen = {first}
+        for at in range(start + 1, start + len(owners)):
+            place = owners[at]
             if place not in seen:
                 seen.add(place)
                 yield place

@@ -240,6 +240,7 @@ class Router(Generic[K]):
             return Choice(only, job.prompt) if _usable(only, tokens, tried) else None
         field = _Field(tokens, tried, now)
         home = None
+        held: dict[str, int] = {}
         if len(able) <= MOST_SCORED:
             for endpoint in able:
                 field.offer(endpoint)
@@ -249,9 +250,16 @@ class Router(Generic[K]):
             if job.session:
                 homes = islice(self._at(able).homes(job.session), HOMES)
                 home = next((one for one in homes if field.offer(one)), None)
-            self._propose(job, able, draw, field)
+            held = self._propose(job, able, draw, field)
         left = field.good or field.bad
-        return self._best(job, left, home, draw, now, trusted=bool(field.good)) if left else None
+        if not left:
+            return None
+        if job.blocks:
+            held |= self._index.matched((one.name for one in left if one.name not in held), job.blocks)
+        best, scored = self._weighed(job, left, held, home, draw, now)
+        blocks = len(job.blocks)
+        uncached = job.prompt - job.prompt * best.matched // blocks if blocks else job.prompt
+        return Choice(best.endpoint, uncached, best.matched, blocks, bool(field.good), tuple(scored))
 
     def sent(self, job: Job, endpoint: K) -> None:
         """Note that an endpoint was given a job: it holds its blocks and its adapter from now on."""
@@ -273,12 +281,16 @@ class Router(Generic[K]):
             if endpoint.name in names:
                 names.remove(endpoint.name)
 
-    def _propose(self, job: Job, able: tuple[K, ...], draw: Callable[[int], int], field: _Field[K]) -> None:
-        """Fill the field with those that something speaks for, and some at random; with any other if none is left."""
+    def _propose(self, job: Job, able: tuple[K, ...], draw: Callable[[int], int], field: _Field[K]) -> dict[str, int]:
+        """Fill the field with those that something speaks for, and some at random; with any other if none is left.
+
+        Return the best holders of the prompt, with how many of its blocks each holds.
+        """
         by_name = self._at(able).by_name
+        held: dict[str, int] = {}
         if job.blocks:
-            held = self._index.holders(job.blocks, draw(_LARGE), HOLDERS)
-            field.offer_named((name for name, _ in held), by_name)
+            held = dict(self._index.holders(job.blocks, draw(_LARGE), HOLDERS))
+            field.offer_named(held, by_name)
         if job.adapter is not None:
             field.offer_named(self._adapters.get(job.adapter, ()), by_name)
         count = len(able)
@@ -287,16 +299,23 @@ class Router(Generic[K]):
         start, step = draw(count), 1 + draw(count - 1)
         for at in range(start, start + step * (AT_RANDOM + TRIES), step):
             if field.offer(able[at % count]) and len(field.good) >= enough:
-                return
+                break
         if not field.good:
             for at in range(start - count, start):
                 if field.offer(able[at]) and len(field.good) == AT_RANDOM:
-                    return
+                    break
+        return held
 
-    def _best(
-        self, job: Job, left: Sequence[K], home: K | None, draw: Callable[[int], int], now: float, *, trusted: bool
-    ) -> Choice[K]:
-        held = self._index.matched([endpoint.name for endpoint in left], job.blocks) if job.blocks else {}
+    def _weighed(
+        self,
+        job: Job,
+        left: Sequence[K],
+        held: Mapping[str, int],
+        home: K | None,
+        draw: Callable[[int], int],
+        now: float,
+    ) -> tuple[Scored[K], list[Scored[K]]]:
+        """Return the best of those that are left, and all of them."""
         best: Scored[K] | None = None
         common = 0.0
         equals = 1
@@ -315,9 +334,7 @@ class Router(Generic[K]):
                 if not draw(equals):
                     best = one
         assert best is not None
-        blocks = len(job.blocks)
-        uncached = job.prompt - job.prompt * best.matched // blocks if blocks else job.prompt
-        return Choice(best.endpoint, uncached, best.matched, blocks, trusted, tuple(scored))
+        return best, scored
 
     def _weigh(self, job: Job, endpoint: K, matched: int, home: bool, rate: float, now: float) -> Scored[K]:
         weights = self.weights
@@ -380,8 +397,7 @@ class _Places(Generic[K]):
         """Yield where a session is at home, best first."""
         if self._ring is None:
             self._ring = Ring([endpoint.name for endpoint in self.able])
-        able = self.able
-        return (able[place] for place in self._ring.homes(session))
+        return map(self.able.__getitem__, self._ring.homes(session))
 
 
 class _Field(Generic[K]):
