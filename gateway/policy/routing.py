@@ -238,6 +238,8 @@ class Router(Generic[K]):
         if len(able) == 1:
             only = able[0]
             return Choice(only, job.prompt) if _usable(only, tokens, tried) else None
+        if not able:
+            return None
         field = _Field(tokens, tried, now)
         home = None
         held: dict[str, int] = {}

@@ -137,7 +137,7 @@ def test_where_there_is_no_choice_nothing_is_weighed_nor_hashed() -> None:
     choice = router.choose(Job(10, 10), able, (), Random(1).randrange, NOW)
     assert choice is not None and choice.endpoint is able[0] and choice.scored == () and choice.uncached == 10
     assert router.choose(Job(10, 10), able, able, Random(1).randrange, NOW) is None
-    assert router.choose(Job(10, 10), (), (), Random(1).randrange, NOW) is None
+    assert router.choose(Job(10, 10, prompt("x"), 7, "a"), (), (), Random(1).randrange, NOW) is None
 
 
 def test_equal_endpoints_share_the_work() -> None:
