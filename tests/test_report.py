@@ -10,8 +10,10 @@ import json
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -171,8 +173,9 @@ async def test_a_gateway_that_runs_is_asked_first(
 class Told:
     """What a ticket's limits were charged."""
 
-    def lines(self) -> tuple[tuple[str, str, int, int], ...]:
-        return (("key alice: tokens per minute", "tokens", 900_000, 7_500),)
+    plan = SimpleNamespace(named=msgspec.Raw(b'[["key alice: tokens per minute","tokens"]]'))
+    reserved = (900_000,)
+    charged = (7_500,)
 
 
 def a_ticket(stage: Stage) -> Ticket:

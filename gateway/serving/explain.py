@@ -6,6 +6,7 @@ said, and what it was answered, is nowhere in them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +21,8 @@ SHOWN_ATTEMPTS = 16
 """Attempts that a row tells of one by one."""
 MAX_TEXT = 500
 """Characters of an error or of a client's own id."""
+
+_NO_BUCKETS = msgspec.Raw(b"[]")
 
 NOTHING = Usage(0, 0, 0, 0)
 """What a request used that no engine has seen."""
@@ -64,14 +67,25 @@ class Detail(msgspec.Struct, omit_defaults=True):
     bytes_in: int = 0
     error: str = ""
     refused_by: str = ""
-    limits: tuple[tuple[str, str, int, int], ...] = ()
-    """Bucket, what it counts, what was reserved of it and what was charged."""
+    buckets: msgspec.Raw = _NO_BUCKETS
+    """Those of the limits: of each its name and what it counts. Made once for many rows, so amounts are beside it."""
+    reserved: Sequence[int] = ()
+    charged: Sequence[int] = ()
+    """What was reserved of each bucket and what was charged, in 1/1000."""
     time: TimeSplit = TimeSplit()
     tried: list[Tried] = []
+    limits: tuple[tuple[str, str, int, int], ...] = ()
+    """All four of each bucket: only rows of former times have them so."""
+
+    def charges(self) -> tuple[tuple[str, str, int, int], ...]:
+        """Return of each limit its bucket, what it counts, what was reserved of it and what was charged."""
+        told = zip(_decode_named(self.buckets), self.reserved, self.charged, strict=True)
+        return self.limits or tuple((bucket, unit, held, kept) for (bucket, unit), held, kept in told)
 
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Detail).decode
+_decode_named = msgspec.json.Decoder(tuple[tuple[str, str], ...]).decode
 
 
 def ledger_row(ticket: Ticket) -> UsageRow:
@@ -121,7 +135,9 @@ def _detail(ticket: Ticket, outcome: str, end: float) -> Detail:
         ticket.bytes_in,
         ticket.error[:MAX_TEXT],
         ticket.refused_by,
-        charges.lines() if charges is not None else (),
+        charges.plan.named if charges is not None else _NO_BUCKETS,
+        charges.reserved if charges is not None else (),
+        charges.charged if charges is not None else (),
         _time_split(ticket, end),
         [_tried(attempt, outcome, end) for attempt in ticket.tried[:SHOWN_ATTEMPTS]],
     )
@@ -203,7 +219,7 @@ def explanation(row: UsageRow, source: str) -> dict[str, Any]:
             "refused_by": detail.refused_by,
             "charged": [
                 {"bucket": bucket, "unit": unit, "reserved": _amount(unit, held), "settled": _amount(unit, kept)}
-                for bucket, unit, held, kept in detail.limits
+                for bucket, unit, held, kept in detail.charges()
             ],
             "settlement": row.settlement,
         },

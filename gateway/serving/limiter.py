@@ -76,7 +76,9 @@ class Plan(msgspec.Struct, frozen=True):
     spread_back: Callable[[Sequence[int]], tuple[int, ...]]
     """The same for these."""
     said: tuple[str, ...]
-    """The same in a word."""
+    """What each limit counts, in a word."""
+    named: msgspec.Raw
+    """Bucket and word of each limit as the ledger has them: every request's row says them again."""
     learned: Learned
     seed: int
     """Of what stands for a request: the same body of another key is another one."""
@@ -117,16 +119,13 @@ class Charges(msgspec.Struct, frozen=True, gc=False):
     kept: bool
     """Whether what was reserved stays, where it is neither slots nor in flight."""
 
-    def lines(self) -> tuple[tuple[str, str, int, int], ...]:
-        """Return of each limit its bucket, what it counts, what was reserved and what was charged."""
-        plan = self.plan
-        charged = plan.spread(self.used)
-        if self.kept:
-            charged = tuple(
-                0 if limit.counts >= _CONCURRENT else amount
-                for limit, amount in zip(plan.limits, self.reserved, strict=True)
-            )
-        return tuple(zip(plan.buckets.names, plan.said, self.reserved, charged, strict=True))
+    @property
+    def charged(self) -> tuple[int, ...]:
+        """What was charged of each bucket."""
+        if not self.kept:
+            return self.plan.spread(self.used)
+        held = zip(self.plan.limits, self.reserved, strict=True)
+        return tuple(0 if limit.counts >= _CONCURRENT else amount for limit, amount in held)
 
 
 class Hold:
@@ -214,7 +213,8 @@ class Hold:
             self._limiter.store.settle(plan.returning, plan.spread_back(back))
             return Charges(plan, reserved, (UNIT, tokens, money, 0, 0), False)
         charges = Charges(plan, reserved, _NOTHING if kind is VOID else (UNIT, tokens, money, 0, 0), kind is KEPT)
-        self._limiter.store.settle(plan.buckets, [held - charged for _, _, held, charged in charges.lines()])
+        kept = zip(reserved, charges.charged, strict=True)
+        self._limiter.store.settle(plan.buckets, [held - charged for held, charged in kept])
         return charges
 
     def _used(self, usage: Usage | None, events: int, whole: bool, accepted: bool) -> tuple[Settlement, Size]:
@@ -282,6 +282,7 @@ class Limiter:
         buckets = Buckets(tuple(limit.bucket for limit in limits), shapes)
         counts = [int(limit.counts) for limit in limits]
         returning = [at for at, count in enumerate(counts) if count != _REQUESTS]
+        said = tuple(limit.counts.name.lower() for limit in limits)
         weights, prices = weights_of(known.limits, model), prices_of(known.limits, model)
         return Plan(
             who=who,
@@ -291,7 +292,8 @@ class Limiter:
             spread=_spread(tuple(counts)),
             returning=buckets.some(returning),
             spread_back=_spread(tuple(counts[at] for at in returning)),
-            said=tuple(limit.counts.name.lower() for limit in limits),
+            said=said,
+            named=msgspec.Raw(msgspec.json.encode(list(zip(buckets.names, said, strict=True)))),
             learned=self._estimator.of(who.public_id, model),
             seed=zlib.crc32(who.public_id.encode()),
             about=families(limits),

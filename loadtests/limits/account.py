@@ -101,7 +101,7 @@ def _row(
 ) -> Row:
     told = msgspec.json.decode(detail, type=Detail)
     began = datetime.fromisoformat(at).replace(tzinfo=UTC).timestamp()
-    parts = tuple(Part(*part) for part in told.limits)
+    parts = tuple(Part(*part) for part in told.charges())
     read = began + ((told.time.headers or 0.0) + (told.time.body or 0.0)) / 1000
     return Row(
         id=id,

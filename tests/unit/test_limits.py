@@ -194,7 +194,7 @@ async def test_what_is_kept_is_what_was_reserved_though_more_was_estimated() -> 
     hold = ended.value.value
     kind, _, charges = hold.settle(None, 0, whole=False, accepted=True)
     assert kind is Settlement.KEPT
-    assert [(said, reserved, charged) for _, said, reserved, charged in charges.lines()] == [
+    assert list(zip(plan.said, charges.reserved, charges.charged, strict=True)) == [
         ("tokens", 200_000, 200_000),
         ("concurrent", 1000, 0),
     ]
