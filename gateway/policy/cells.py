@@ -11,9 +11,8 @@ Rule 3: time never goes back here; its owner sees to that.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-
-import msgspec
 
 from gateway.policy.reservation import give
 from gateway.policy.token_bucket import LARGEST, Bucket, Shape
@@ -22,7 +21,9 @@ _NEVER = 1 << 256
 """Steps that no time and no amount reaches."""
 
 
-class Cell(msgspec.Struct, gc=False):
+@dataclass(slots=True, eq=False)
+class Cell:
+    # No struct: to set an attribute of one costs as much as ten lines here.
     """One bucket. In steps: ``full`` is the moment at which it will be (never, in an odd one, so that nothing is drawn
     from it here), ``room`` all it holds, and ``lack`` what it was short of that when it was last drawn on. ``odd`` is
     the bucket itself where it is of a calendar or has made promises."""
@@ -75,23 +76,29 @@ def _room(shape: Shape) -> int:
     return shape.capacity * (1 if shape.slots else shape.per)
 
 
-class Cells(list[Cell]):
+class Cells:
     """Those that are drawn on together, and what is left in them as of the last time anybody drew on each."""
+
+    __slots__ = ("_cells",)
+
+    def __init__(self, cells: tuple[Cell, ...]) -> None:
+        self._cells = cells
 
     def left(self, at: int) -> int:
         """Return what could be taken."""
-        cell = self[at]
+        cell = self._cells[at]
         return (cell.room - cell.lack) // cell.per
 
     def least(self, which: Sequence[int]) -> tuple[int, int, int]:
         """Return which of several that refill has the least left, how much, and the microseconds until it is full."""
-        scarcest, cell = which[0], self[which[0]]
-        least = (cell.room - cell.lack) // cell.per
-        for at in which[1:]:
-            other = self[at]
-            left = (other.room - other.lack) // other.per
+        cells = self._cells
+        scarcest, least = -1, _NEVER
+        for at in which:
+            cell = cells[at]
+            left = (cell.room - cell.lack) // cell.per
             if left < least:
-                scarcest, cell, least = at, other, left
+                scarcest, least = at, left
+        cell = cells[scarcest]
         return scarcest, least, -(-cell.lack // cell.rate)
 
 
@@ -102,12 +109,10 @@ def cell_of(shape: Shape, bucket: Bucket) -> Cell:
     return cell
 
 
-def draw(cells: Sequence[Cell], shapes: Sequence[Shape], amounts: Sequence[int], now: int) -> bool:
+def draw(cells: Sequence[Cell], amounts: Sequence[int], now: int) -> bool:
     """Take every amount where all is there and nothing is in the way, which is nearly always; else take nothing."""
-    taken = 0
-    for cell, shape, amount in zip(cells, shapes, amounts, strict=True):
-        if cell.shape is not shape and cell.shape != shape:
-            break
+    wanted = zip(cells, amounts)  # noqa: B905 - to be strict costs as much as a cell
+    for cell, amount in wanted:
         base = now * cell.rate
         full = cell.full
         full = (full if full > base else base) + amount * cell.per
@@ -116,9 +121,9 @@ def draw(cells: Sequence[Cell], shapes: Sequence[Shape], amounts: Sequence[int],
             break
         cell.full = full
         cell.lack = lack
-        taken += 1
     else:
         return True
+    taken = len(cells) - 1 - len(list(wanted))
     for cell, amount in zip(cells[:taken], amounts, strict=False):
         cell.full -= amount * cell.per
         cell.lack -= amount * cell.per

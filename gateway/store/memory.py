@@ -7,7 +7,7 @@ from itertools import islice
 
 from gateway.policy.cells import Cell, Cells, cell_of, draw
 from gateway.policy.reservation import Need, Short, take
-from gateway.policy.token_bucket import STEP, Bucket, fresh, refill, set_back
+from gateway.policy.token_bucket import STEP, Bucket, Shape, fresh, refill, set_back
 from gateway.store.protocol import Buckets, Granted, Known, Refused, Standing, Verdict
 
 MOST_BUCKETS = 100_000
@@ -28,7 +28,8 @@ class MemoryStore:
         self._cells: dict[str, Cell] = {}
         self._latest = 0
         self._edition = object()
-        """Another one whenever a bucket is forgotten: what was found for somebody before may be none of these."""
+        """Another one whenever a bucket is forgotten or becomes another: what was found for somebody before may be none
+        of these."""
 
     def __len__(self) -> int:
         return len(self._cells)
@@ -38,21 +39,28 @@ class MemoryStore:
     ) -> Verdict:
         """Take every amount, or none."""
         now = self._now()
+        memo = buckets.memo
+        if memo is None or memo[0] is not self._edition:
+            memo = self._find(buckets, now, shape_them=True)
+        _, cells, granted = memo
+        if draw(cells, amounts, now):
+            known: Granted = granted
+            return known
         shapes = buckets.shapes
-        cells = self._of(buckets)
-        if draw(cells, shapes, amounts, now):
-            return Granted(cells)
         needs = list(map(Need, shapes, amounts))
         taken = take(needs, [cell.bucket(now) for cell in cells], now, who(), first=first)
         for cell, shape, bucket in zip(cells, shapes, taken.buckets, strict=True):
-            cell.put(shape, bucket)
+            self._put(cell, shape, bucket)
         if isinstance(taken, Short):
             return Refused(taken.buckets, taken.index, taken.wait, taken.early)
         return Granted(Known(shapes, taken.buckets))
 
     def settle(self, buckets: Buckets, amounts: Sequence[int]) -> None:
         """Give back at once."""
-        for cell, amount in zip(self._of(buckets), amounts, strict=True):
+        memo = buckets.memo
+        if memo is None or memo[0] is not self._edition:
+            memo = self._find(buckets, self._now())
+        for cell, amount in zip(memo[1], amounts):  # noqa: B905 - as in draw
             if amount > 0 and cell.odd is None:
                 # Cell.give, written out: this is what nearly always comes.
                 cell.full -= amount * cell.per
@@ -84,23 +92,37 @@ class MemoryStore:
         self._latest = now
         return now
 
-    def _of(self, buckets: Buckets) -> Cells:
-        memo = buckets.memo
-        if memo is not None and memo[0] is self._edition:
-            found: Cells = memo[1]
-            return found
-        cells = Cells()
-        now = self._now()
+    def _find(
+        self, buckets: Buckets, now: int, *, shape_them: bool = False
+    ) -> tuple[object, tuple[Cell, ...], Granted]:
+        """Return the edition, the cells and who was granted what they hold. ``shape_them``: they are as these buckets
+        are from here on; whoever only gives back may have reserved when they were others."""
+        found, known = [], True
         for name, shape in zip(buckets.names, buckets.shapes, strict=True):
             cell = self._cells.get(name)
             if cell is None:
                 self._make_room(now)
                 cell = self._cells[name] = cell_of(shape, fresh(shape, now))
-            cells.append(cell)
+            elif cell.shape != shape:
+                if shape_them:
+                    self._put(cell, shape, cell.bucket(now))
+                else:
+                    known = False
+            found.append(cell)
         # Room may have been made of the first for the last.
-        self._cells.update(zip(buckets.names, cells, strict=True))
-        buckets.memo = self._edition, cells
-        return cells
+        self._cells.update(zip(buckets.names, found, strict=True))
+        cells = tuple(found)
+        memo = self._edition, cells, Granted(Cells(cells))
+        if known:
+            buckets.memo = memo
+        return memo
+
+    def _put(self, cell: Cell, shape: Shape, bucket: Bucket) -> None:
+        """Have a cell hold a bucket. Where it becomes another, nobody draws on it unlooked; on a calendar's nobody
+        does."""
+        if cell.shape is not shape and cell.shape != shape and not shape.ends:
+            self._edition = object()
+        cell.put(shape, bucket)
 
     def _make_room(self, now: int) -> None:
         """Forget what a new bucket would be like; past twice the bound the oldest, whatever they hold."""

@@ -53,7 +53,7 @@ class Buckets(msgspec.Struct):
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
-    memo: tuple[object, Any] | None = None
+    memo: tuple[Any, ...] | None = None
     """What a store has found for them, and by what it knows that this still holds: its own affair."""
 
     def some(self, which: Sequence[int]) -> Buckets:

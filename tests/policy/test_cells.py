@@ -155,13 +155,14 @@ def test_a_debt_ends_where_it_ends_for_the_pure_functions(shape: Shape) -> None:
 
 
 def test_what_does_not_fit_leaves_no_trace_in_what_would_have() -> None:
-    minute, slot = rate_shape(60, 60), Shape(1000, slots=True)
-    cells = [cell_of(shape, fresh(shape, NOW)) for shape in (minute, slot)]
-    assert draw(cells, (minute, slot), (30_000, 1000), NOW)
+    minute, slot = (cell_of(shape, fresh(shape, NOW)) for shape in (rate_shape(60, 60), Shape(1000, slots=True)))
+    cells = (minute, minute, slot)
+    assert draw(cells, (10_000, 20_000, 1000), NOW)
     before = [cell.bucket(NOW) for cell in cells]
-    left = [Cells(cells).left(at) for at in (0, 1)]
-    assert not draw(cells, (minute, slot), (1000, 1), NOW)
-    assert [Cells(cells).left(at) for at in (0, 1)] == left == [30_000, 0]
+    left = [Cells(cells).left(at) for at in range(3)]
+    assert not draw(cells, (1000, 2000, 1), NOW)
+    assert not draw(cells, (1000, 60_000, 0), NOW)
+    assert [Cells(cells).left(at) for at in range(3)] == left == [30_000, 30_000, 0]
     assert [cell.bucket(NOW) for cell in cells] == before
 
 
@@ -179,8 +180,30 @@ def test_another_shape_keeps_what_is_in_the_bucket() -> None:
     assert bucket.level == 9000
 
 
-def test_shapes_that_are_alike_are_one() -> None:
-    """Many keys share a tenant's bucket, each with a shape made for it."""
-    cells = Cells([cell_of(rate_shape(60, 60), fresh(rate_shape(60, 60), NOW))])
-    assert draw(cells, (rate_shape(60, 60),), (1000,), NOW)
-    assert not draw(cells, (rate_shape(61, 60),), (1000,), NOW)
+def test_of_two_who_know_a_bucket_by_other_shapes_each_finds_its_own() -> None:
+    """The second drew on it as it was, and what it knows of that is of no use once it has become another."""
+    store = MemoryStore(Clock())
+    small, large = (Buckets(("a",), (rate_shape(amount, 60),)) for amount in (60, 100))
+    for of, amount, left in ((small, 1000, 59_000), (large, 1000, 58_000), (small, 1000, 57_000), (large, 0, 57_000)):
+        granted = store.reserve(of, [amount], lambda: 0)
+        assert isinstance(granted, Granted)
+        assert (granted.levels.left(0), granted.levels.least([0])[2]) == (
+            left,
+            (of.shapes[0].capacity - left) * 60_000_000 // of.shapes[0].capacity,
+        )
+    # Shapes that are alike are one: many keys share a tenant's bucket.
+    edition = store._edition
+    assert isinstance(store.reserve(Buckets(("a",), (rate_shape(100, 60),)), [0], lambda: 0), Granted)
+    assert store._edition is edition
+
+
+def test_who_gives_back_what_was_reserved_of_another_shape_leaves_the_bucket_as_it_is() -> None:
+    store = MemoryStore(Clock())
+    before, after = Buckets(("a",), (rate_shape(60, 60),)), Buckets(("a",), (rate_shape(100, 60),))
+    assert isinstance(store.reserve(before, [30_000], lambda: 0), Granted)
+    assert isinstance(store.reserve(after, [0], lambda: 0), Granted)
+    for _ in range(2):
+        store.settle(before, [15_000])
+    (bucket,) = run(store.look, after)
+    assert bucket.level == 60_000
+    assert isinstance(store.reserve(after, [60_000], lambda: 0), Granted)
