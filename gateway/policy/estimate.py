@@ -8,9 +8,8 @@ Rule 3: what is learned is bounded: so many subjects, each of a fixed size, and 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
-
-import msgspec
 
 QUANTILE = 0.9
 ENOUGH = 8
@@ -33,7 +32,8 @@ _LARGEST = 1 << (_SIZES - 2)
 """Doublings of a body's size that are told apart, and bytes beyond which they are not."""
 
 
-class Sketch(msgspec.Struct):
+@dataclass(slots=True, eq=False)
+class Sketch:
     """How often values of each size were seen: bins of half a doubling, with the largest value of each.
 
     Owned by one ``Estimator``; a value object would be a hundred numbers copied for each request.

@@ -195,21 +195,21 @@ class Hold:
         cost = 0
         charges = None
         if self._granted is not None:
-            size = amounts(used, plan.weights, plan.prices)
-            cost = size[_MONEY]
-            charges = self._give_back(kind, size)
+            # Taken apart: an index that is an enum's costs as much as a call.
+            _, tokens, cost, _, _ = amounts(used, plan.weights, plan.prices)
+            charges = self._give_back(kind, tokens, cost)
         elif plan.prices is not FREE:
             cost = plan.prices.cost(used.prompt, used.cached, used.output, used.reasoning)
         if kind is EXACT and not plan.learned.passes():
             _learn(self._facts, plan, used, events)
         return kind, 0 if kind is VOID else cost, charges
 
-    def _give_back(self, kind: Settlement, used: Sequence[int]) -> Charges:
+    def _give_back(self, kind: Settlement, tokens: int, money: int) -> Charges:
         plan, reserved, needs = self._plan, self._amounts, self._needs
         # What is counted at once comes back whole.
-        tokens, money = used[_TOKENS], used[_MONEY]
         if kind is EXACT and needs is not None:
-            back = (0, needs[1] - tokens, needs[2] - money, needs[3], needs[4])
+            _, held_tokens, held_money, slots, in_flight = needs
+            back = (0, held_tokens - tokens, held_money - money, slots, in_flight)
             self._limiter.store.settle(plan.returning, plan.spread_back(back))
             return Charges(plan, reserved, (UNIT, tokens, money, 0, 0), False)
         charges = Charges(plan, reserved, _NOTHING if kind is VOID else (UNIT, tokens, money, 0, 0), kind is KEPT)
