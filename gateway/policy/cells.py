@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import msgspec
+
 from gateway.policy.reservation import give
 from gateway.policy.token_bucket import LARGEST, Bucket, Shape
 
@@ -25,15 +27,13 @@ _NEVER = 1 << 256
 class Cell:
     # No struct: to set an attribute of one costs as much as ten lines here.
     """One bucket. In steps: ``full`` is the moment at which it will be (never, in an odd one, so that nothing is drawn
-    from it here), ``room`` all it holds, and ``lack`` what it was short of that when it was last drawn on. ``odd`` is
-    the bucket itself where it is of a calendar or has made promises."""
+    from it here), ``room`` all it holds; ``odd`` is the bucket itself where it is of a calendar or made promises."""
 
     shape: Shape
     rate: int = 0
     per: int = 1
     room: int = 0
     full: int = 0
-    lack: int = 0
     odd: Bucket | None = None
 
     def put(self, shape: Shape, bucket: Bucket) -> None:
@@ -42,9 +42,9 @@ class Cell:
         self.rate, self.per = (0, 1) if shape.slots else (shape.rate, shape.per)
         self.room = _room(shape)
         most = 0 if shape.slots else shape.capacity
-        self.lack = (most - bucket.level) * self.per - bucket.part
+        lack = (most - bucket.level) * self.per - bucket.part
         self.odd = bucket if shape.ends or bucket.promises else None
-        self.full = self.lack + bucket.at * self.rate if self.odd is None else _NEVER
+        self.full = lack + bucket.at * self.rate if self.odd is None else _NEVER
 
     def bucket(self, now: int) -> Bucket:
         """Return it as a bucket."""
@@ -76,30 +76,28 @@ def _room(shape: Shape) -> int:
     return shape.capacity * (1 if shape.slots else shape.per)
 
 
-class Cells:
-    """Those that are drawn on together, and what is left in them as of the last time anybody drew on each."""
+class Drawn(msgspec.Struct, frozen=True, gc=False):
+    """What is left in cells as of when they were drawn on together: of each what it ``lacks`` in steps."""
 
-    __slots__ = ("_cells",)
-
-    def __init__(self, cells: tuple[Cell, ...]) -> None:
-        self._cells = cells
+    # Not kept in the cells: what lives as long as a request is still near the processor when it goes.
+    cells: Sequence[Cell]
+    lacks: Sequence[int]
 
     def left(self, at: int) -> int:
         """Return what could be taken."""
-        cell = self._cells[at]
-        return (cell.room - cell.lack) // cell.per
+        cell = self.cells[at]
+        return (cell.room - self.lacks[at]) // cell.per
 
     def least(self, which: Sequence[int]) -> tuple[int, int, int]:
         """Return which of several that refill has the least left, how much, and the microseconds until it is full."""
-        cells = self._cells
+        cells, lacks = self.cells, self.lacks
         scarcest, least = -1, _NEVER
         for at in which:
             cell = cells[at]
-            left = (cell.room - cell.lack) // cell.per
+            left = (cell.room - lacks[at]) // cell.per
             if left < least:
                 scarcest, least = at, left
-        cell = cells[scarcest]
-        return scarcest, least, -(-cell.lack // cell.rate)
+        return scarcest, least, -(-lacks[scarcest] // cells[scarcest].rate)
 
 
 def cell_of(shape: Shape, bucket: Bucket) -> Cell:
@@ -109,10 +107,10 @@ def cell_of(shape: Shape, bucket: Bucket) -> Cell:
     return cell
 
 
-def draw(cells: Sequence[Cell], amounts: Sequence[int], now: int) -> bool:
+def draw(cells: Sequence[Cell], amounts: Sequence[int], now: int) -> Drawn | None:
     """Take every amount where all is there and nothing is in the way, which is nearly always; else take nothing."""
-    wanted = zip(cells, amounts)  # noqa: B905 - to be strict costs as much as a cell
-    for cell, amount in wanted:
+    lacks: list[int] = []
+    for cell, amount in zip(cells, amounts):  # noqa: B905 - to be strict costs as much as a cell
         base = now * cell.rate
         full = cell.full
         full = (full if full > base else base) + amount * cell.per
@@ -120,11 +118,9 @@ def draw(cells: Sequence[Cell], amounts: Sequence[int], now: int) -> bool:
         if lack > cell.room:
             break
         cell.full = full
-        cell.lack = lack
+        lacks.append(lack)
     else:
-        return True
-    taken = len(cells) - 1 - len(list(wanted))
-    for cell, amount in zip(cells[:taken], amounts, strict=False):
+        return Drawn(cells, lacks)
+    for cell, amount in zip(cells[: len(lacks)], amounts, strict=False):
         cell.full -= amount * cell.per
-        cell.lack -= amount * cell.per
-    return False
+    return None

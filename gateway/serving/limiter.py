@@ -58,7 +58,7 @@ class Settlement(enum.StrEnum):
 # Under names of their own: looked up in its class each costs a call of the enum's.
 EXACT, COUNTED, KEPT, VOID = Settlement
 _NOTHING = (0,) * len(Counts)
-_REQUESTS, _TOKENS, _MONEY, _CONCURRENT, _IN_FLIGHT = Counts
+_, _TOKENS, _MONEY, _CONCURRENT, _IN_FLIGHT = Counts
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -71,10 +71,6 @@ class Plan(msgspec.Struct, frozen=True):
     """Those of the limits, in their order."""
     spread: Callable[[Sequence[int]], tuple[int, ...]]
     """Makes of a request's amounts, one a kind, what each limit is drawn on."""
-    returning: Buckets
-    """Those of which something may come back: all but requests in a time."""
-    spread_back: Callable[[Sequence[int]], tuple[int, ...]]
-    """The same for these."""
     said: tuple[str, ...]
     """What each limit counts, in a word."""
     named: msgspec.Raw
@@ -210,7 +206,7 @@ class Hold:
         if kind is EXACT and needs is not None:
             _, held_tokens, held_money, slots, in_flight = needs
             back = (0, held_tokens - tokens, held_money - money, slots, in_flight)
-            self._limiter.store.settle(plan.returning, plan.spread_back(back))
+            self._limiter.store.settle(plan.buckets, plan.spread(back))
             return Charges(plan, reserved, (UNIT, tokens, money, 0, 0), False)
         charges = Charges(plan, reserved, _NOTHING if kind is VOID else (UNIT, tokens, money, 0, 0), kind is KEPT)
         kept = zip(reserved, charges.charged, strict=True)
@@ -280,8 +276,6 @@ class Limiter:
         # One shape for all that are alike: a bucket that many keys share knows it again at a glance.
         shapes = tuple(self._shapes.setdefault(limit.shape, limit.shape) for limit in limits)
         buckets = Buckets(tuple(limit.bucket for limit in limits), shapes)
-        counts = [int(limit.counts) for limit in limits]
-        returning = [at for at, count in enumerate(counts) if count != _REQUESTS]
         said = tuple(limit.counts.name.lower() for limit in limits)
         weights, prices = weights_of(known.limits, model), prices_of(known.limits, model)
         return Plan(
@@ -289,9 +283,7 @@ class Limiter:
             organisation=organisation_of(who.tenant, known) if who.public_id else "",
             limits=limits,
             buckets=buckets,
-            spread=_spread(tuple(counts)),
-            returning=buckets.some(returning),
-            spread_back=_spread(tuple(counts[at] for at in returning)),
+            spread=_spread(tuple(int(limit.counts) for limit in limits)),
             said=said,
             named=msgspec.Raw(msgspec.json.encode(list(zip(buckets.names, said, strict=True)))),
             learned=self._estimator.of(who.public_id, model),

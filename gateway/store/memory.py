@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from gateway.policy.cells import Cell, Cells, cell_of, draw
+from gateway.policy.cells import Cell, cell_of, draw
 from gateway.policy.reservation import Need, Short, take
 from gateway.policy.token_bucket import STEP, Bucket, Shape, fresh, refill, set_back
 from gateway.store.protocol import Buckets, Granted, Known, Refused, Standing, Verdict
@@ -39,13 +39,10 @@ class MemoryStore:
     ) -> Verdict:
         """Take every amount, or none."""
         now = self._now()
-        memo = buckets.memo
-        if memo is None or memo[0] is not self._edition:
-            memo = self._find(buckets, now, shape_them=True)
-        _, cells, granted = memo
-        if draw(cells, amounts, now):
-            known: Granted = granted
-            return known
+        cells = buckets.found if buckets.edition is self._edition else self._find(buckets, now, shape_them=True)
+        drawn = draw(cells, amounts, now)
+        if drawn is not None:
+            return Granted(drawn)
         shapes = buckets.shapes
         needs = list(map(Need, shapes, amounts))
         taken = take(needs, [cell.bucket(now) for cell in cells], now, who(), first=first)
@@ -57,10 +54,8 @@ class MemoryStore:
 
     def settle(self, buckets: Buckets, amounts: Sequence[int]) -> None:
         """Give back at once."""
-        memo = buckets.memo
-        if memo is None or memo[0] is not self._edition:
-            memo = self._find(buckets, self._now())
-        for cell, amount in zip(memo[1], amounts):  # noqa: B905 - as in draw
+        cells = buckets.found if buckets.edition is self._edition else self._find(buckets, self._now())
+        for cell, amount in zip(cells, amounts):  # noqa: B905 - as in draw
             if amount > 0 and cell.odd is None:
                 # Cell.give, written out: this is what nearly always comes.
                 cell.full -= amount * cell.per
@@ -92,11 +87,9 @@ class MemoryStore:
         self._latest = now
         return now
 
-    def _find(
-        self, buckets: Buckets, now: int, *, shape_them: bool = False
-    ) -> tuple[object, tuple[Cell, ...], Granted]:
-        """Return the edition, the cells and who was granted what they hold. ``shape_them``: they are as these buckets
-        are from here on; whoever only gives back may have reserved when they were others."""
+    def _find(self, buckets: Buckets, now: int, *, shape_them: bool = False) -> tuple[Cell, ...]:
+        """Return the cells. ``shape_them``: from here on they are as these buckets are; whoever only gives back may
+        have reserved when they were others."""
         found, known = [], True
         for name, shape in zip(buckets.names, buckets.shapes, strict=True):
             cell = self._cells.get(name)
@@ -112,10 +105,9 @@ class MemoryStore:
         # Room may have been made of the first for the last.
         self._cells.update(zip(buckets.names, found, strict=True))
         cells = tuple(found)
-        memo = self._edition, cells, Granted(Cells(cells))
         if known:
-            buckets.memo = memo
-        return memo
+            buckets.edition, buckets.found = self._edition, cells
+        return cells
 
     def _put(self, cell: Cell, shape: Shape, bucket: Bucket) -> None:
         """Have a cell hold a bucket. Where it becomes another, nobody draws on it unlooked; on a calendar's nobody

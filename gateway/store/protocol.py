@@ -53,12 +53,9 @@ class Buckets(msgspec.Struct):
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
-    memo: tuple[Any, ...] | None = None
+    edition: object = None
+    found: Any = None
     """What a store has found for them, and by what it knows that this still holds: its own affair."""
-
-    def some(self, which: Sequence[int]) -> Buckets:
-        """Return those at these positions."""
-        return Buckets(tuple(self.names[at] for at in which), tuple(self.shapes[at] for at in which))
 
     def draws(self, amounts: Sequence[int]) -> tuple[Draw, ...]:
         """Return what is drawn from each."""
