@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import random
 import signal
 import socket
 import sys
@@ -41,6 +42,7 @@ from gateway.metrics import Metrics
 from gateway.policy.breaker import BreakerRules
 from gateway.policy.concurrency import ConcurrencyRules, Targets
 from gateway.policy.queue import QueueRules
+from gateway.policy.retry import BudgetRules
 from gateway.serving.admission import Admission, AdmissionRules
 from gateway.serving.bookkeeper import Bookkeeper
 from gateway.serving.deadlines import Deadlines
@@ -81,7 +83,7 @@ def _release() -> str:
 
 class Replica:
     """One gateway. ``path`` is the file that a reload reads again; ``clock`` returns monotonic seconds, ``wall``
-    microseconds since 1970."""
+    microseconds since 1970, ``draw`` a random number below another."""
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class Replica:
         path: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], int] = microseconds,
+        draw: Callable[[int], int] | None = None,
     ) -> None:
         self.settings = settings
         self._path = path
@@ -96,7 +99,7 @@ class Replica:
         self.metrics = Metrics(settings.metrics.max_label_values)
         self.deadlines = Deadlines(clock)
         self.pool = Pool(Catalogue(), health_rules(settings))
-        self.admission = Admission(self.pool, self.metrics, clock, admission_rules(settings), _soon)
+        self.admission = Admission(self.pool, self.metrics, clock, admission_rules(settings), _soon, draw or _draw)
         self.metrics.queue = self.admission.waiting
         self.metrics.capacity = self.pool.capacity
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="forebay")
@@ -343,6 +346,7 @@ class Replica:
         await self.watcher.forget(gone)
         await self.minders.forget(gone)
         for endpoint in gone:
+            self.admission.router.gone(endpoint)
             endpoint.connections.retire()
         served = {name for endpoint in self.pool.endpoints for name in endpoint.models}
         # Engines that merely went away will be back: their models are known, only not served at the moment.
@@ -519,7 +523,12 @@ def admission_rules(settings: Settings) -> AdmissionRules:
         ),
         patience=tuple(one.max_wait for one in (classes.priority, classes.default, classes.flex)),
         output_weight=queue.output_weight,
+        retries=BudgetRules(share=settings.stream.retry_share),
     )
+
+
+def _draw(below: int) -> int:
+    return int(random.random() * below)  # noqa: S311 - spreads work, keeps no secret
 
 
 def _soon(callback: Callable[[], None]) -> None:

@@ -90,6 +90,7 @@ class Metrics:
         self.overhead = {stage: Histogram(OVERHEAD_SECONDS) for stage in ("auth", "policy", "connect")}
         self.client_retries = 0
         self.early_retries = 0
+        self.retries_denied = 0
         self._limited: dict[tuple[str, str], int] = {}
         self.limits_lost = 0
         self._queue_refused: dict[tuple[str, str], int] = {}
@@ -220,6 +221,9 @@ class Metrics:
         retries = CounterMetricFamily("forebay_client_retries", "Requests an SDK marked as a retry of its own")
         retries.add_metric([], self.client_retries)
         yield retries
+        denied = CounterMetricFamily("forebay_retries_denied", "Retries elsewhere that the budget of retries forbade")
+        denied.add_metric([], self.retries_denied)
+        yield denied
         yield from self._collect_limits()
         yield from self._collect_queue()
         reloads = CounterMetricFamily("forebay_config_reloads", "Configuration reloads", labels=["result"])

@@ -419,6 +419,8 @@ class Stream(Section):
     """Silence after which a comment keeps the connection alive; 0 turns it off."""
     retries: Annotated[int, Field(ge=0)] = 2
     """Other engines to try while nothing has reached the client."""
+    retry_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of all requests that may be such tries, and a few a second beside it."""
 
 
 class Media(Section):

@@ -92,9 +92,19 @@ def fresh(rules: BudgetRules, now: float) -> Budget:
     return Budget(rules.per_second * rules.window, now)
 
 
-def requested(budget: Budget, now: float, rules: BudgetRules) -> Budget:
-    """Return the budget after a request, not counting its retries."""
-    return Budget(_credit(budget, now, rules) + rules.share, max(now, budget.at))
+def requested(budget: Budget, now: float, rules: BudgetRules, count: int = 1) -> Budget:
+    """Return the budget after ``count`` requests, not counting their retries.
+
+    All of them count as if they came now, though no more than a window's worth of an even flow would have left of them:
+    so they may be told together, later than they came.
+    """
+    credit = _credit(budget, now, rules)
+    passed = max(0.0, now - budget.at)
+    share = rules.share * count
+    if count > 1 and passed:
+        # An even flow over this time: each faded since it came.
+        share *= rules.window / passed * (1.0 - math.exp(-passed / rules.window))
+    return Budget(credit + share, max(now, budget.at))
 
 
 def retried(budget: Budget, now: float, rules: BudgetRules) -> Budget | None:

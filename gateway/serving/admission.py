@@ -18,7 +18,8 @@ from gateway.errors import Kind, Refusal
 from gateway.metrics import Metrics
 from gateway.policy.concurrency import ConcurrencyRules
 from gateway.policy.queue import Queue, QueueRules, Rejected, Waiting, Why
-from gateway.policy.routing import least_loaded
+from gateway.policy.retry import BudgetRules, fresh, requested, retried
+from gateway.policy.routing import Choice, Job, Router
 from gateway.serving.deadlines import NEVER
 from gateway.serving.pool import Endpoint, Group, Pool
 
@@ -41,6 +42,7 @@ class AdmissionRules:
     capacity: ConcurrencyRules = field(default_factory=ConcurrencyRules)
     patience: tuple[float, ...] = (60.0, 60.0, 600.0)
     output_weight: float = 2.0
+    retries: BudgetRules = field(default_factory=BudgetRules)
 
     def cost(self, prompt: int, output: int) -> float:
         """Return what a request counts for when tenants share."""
@@ -76,7 +78,7 @@ class Waiter(Protocol):
 
 class Admission:
     """The queue of one replica and what stands between it and the endpoints. ``soon`` calls back once this turn of the
-    event loop is over."""
+    event loop is over, ``draw`` returns a random number below another."""
 
     def __init__(
         self,
@@ -85,6 +87,7 @@ class Admission:
         clock: Callable[[], float],
         rules: AdmissionRules,
         soon: Callable[[Callable[[], None]], object],
+        draw: Callable[[int], int],
     ) -> None:
         self.pool = pool
         self.queue = Queue(rules.queue, len(CLASSES))
@@ -96,9 +99,13 @@ class Admission:
         self._lines: dict[Endpoint, dict[Group, None]] = {}
         """Of each endpoint the lines of those who may wait for it."""
         self._called = False
-        self._round = 0
+        self._draw = draw
+        self.router: Router[Endpoint] = Router()
+        self._retries = fresh(rules.retries, clock())
+        self._requests = 0
         self.deadline = NEVER
         pool.on_index = self._regroup
+        pool.on_return = self.router.emptied
         self.configure(rules)
 
     def configure(self, rules: AdmissionRules) -> None:
@@ -111,22 +118,18 @@ class Admission:
     # --- who is served now ------------------------------------------------------------------------------------------
 
     def choose(
-        self, group: Group, tried: Collection[Endpoint], tokens: int, now: float, *, turn: bool = False
-    ) -> Endpoint | None:
-        """Return the endpoint that serves a request now; None: none has room, or others wait for one (unless it is the
-        request's own ``turn``)."""
+        self, group: Group, tried: Collection[Endpoint], job: Job, now: float, *, turn: bool = False
+    ) -> Choice[Endpoint] | None:
+        """Return who serves a request now; None: nobody has room, or others wait for them (unless it is the request's
+        own ``turn``)."""
         if not turn and self.queue.count and self.queue.waiting(group):
             return None
-        endpoints = group.endpoints
-        if len(endpoints) == 1:
-            only = endpoints[0]
-            return only if only not in tried and only.room(tokens) else None
-        self._round += 1
-        with_room = [endpoint for endpoint in endpoints if endpoint not in tried and endpoint.room(tokens)]
-        found = least_loaded(with_room, (), self._round, now)
-        if found is None or found.trusted(now) or not self._better(group, tried, now):
-            return found
-        return None
+        choice = self.router.choose(job, group.endpoints, tried, self._draw, now)
+        if choice is None or (not choice.trusted and self._better(group, tried, now)):
+            return None
+        if group.chosen:
+            self.router.sent(job, choice.endpoint)
+        return choice
 
     @staticmethod
     def _better(group: Group, tried: Collection[Endpoint], now: float) -> bool:
@@ -137,6 +140,21 @@ class Admission:
     def hopeful(group: Group, tried: Collection[Endpoint]) -> bool:
         """Whether it is any use to wait: an endpoint is there that is only busy."""
         return any(one.healthy and not one.holds for one in group.endpoints if one not in tried)
+
+    def asked(self) -> None:
+        """Count a request: what retries are allowed is a share of these."""
+        self._requests += 1
+
+    def may_retry(self, now: float) -> bool:
+        """Take one out of the budget of retries, if there is one left: engines that fail are not sent more for it."""
+        rules = self.rules.retries
+        budget = requested(self._retries, now, rules, self._requests)
+        self._requests = 0
+        after = retried(budget, now, rules)
+        self._retries = budget if after is None else after
+        if after is None:
+            self._metrics.retries_denied += 1
+        return after is not None
 
     # --- who waits --------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,18 @@ NOTHING = Usage(0, 0, 0, 0)
 """What a request used that no engine has seen."""
 
 
+class Weighed(msgspec.Struct, array_like=True):
+    """What was thought of one endpoint: cost and time to the first token in milliseconds, the share of its room that
+    would be used, blocks of the prompt it holds, whether the session is at home there."""
+
+    endpoint: str
+    cost_ms: float
+    ttft_ms: float
+    used: float
+    matched: int
+    home: bool
+
+
 class Tried(msgspec.Struct, omit_defaults=True):
     """One attempt at an engine, as it is told. Times in milliseconds."""
 
@@ -38,10 +50,10 @@ class Tried(msgspec.Struct, omit_defaults=True):
     """What the endpoint had in flight when it was chosen."""
     connect_ms: float | None = None
     again: bool = False
-    among: list[tuple[str, int]] | None = None
-    """Who else it might have been, and what they had in flight, -1 where one could not be given work."""
-    more: int = 0
-    """How many others are not named."""
+    among: tuple[Weighed, ...] = ()
+    """Whoever was compared, none where there was no choice."""
+    blocks: int = 0
+    """Blocks that the beginning of the prompt is compared by."""
 
 
 class TimeSplit(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -164,10 +176,13 @@ def _time_split(ticket: Ticket, end: float) -> TimeSplit:
 
 
 def _tried(attempt: Attempt, outcome: str, end: float) -> Tried:
-    among, more = None, 0
-    if attempt.loads is not None:
-        among = [(one.name, load) for one, load in zip(attempt.others, attempt.loads, strict=False)]
-        more = len(attempt.others) - len(attempt.loads)
+    choice = attempt.choice
+    among: tuple[Weighed, ...] = ()
+    if choice is not None and choice.scored:
+        among = tuple(
+            Weighed(one.endpoint.name, to_ms(one.cost), to_ms(one.seconds), round(one.used, 4), one.matched, one.home)
+            for one in choice.scored
+        )
     return Tried(
         attempt.endpoint,
         attempt.cause or outcome or "running",
@@ -176,7 +191,7 @@ def _tried(attempt: Attempt, outcome: str, end: float) -> Tried:
         _ms(attempt.connected, attempt.began),
         attempt.again,
         among,
-        more,
+        choice.blocks if choice is not None else 0,
     )
 
 
@@ -251,12 +266,17 @@ def why_chosen(attempt: Tried, before: list[Tried]) -> str:
     """Why this endpoint, in words."""
     if attempt.again:
         return "the same once more: it had closed the connection that was kept open"
-    if attempt.among is None:
-        return "the only one that serves this model"
+    if not attempt.among:
+        return "the only one that serves this model" if not before else "the only one that was left"
     failed = {one.endpoint for one in before}
-    loads = []
-    for name, load in attempt.among:
-        state = "tried before" if name in failed else "cannot be given work" if load < 0 else f"{load} in flight"
-        loads.append(f"{name}: {state}")
-    more = f" and {attempt.more} more" if attempt.more else ""
-    return f"the least loaded ({attempt.load} in flight) of {', '.join(loads)}{more}"
+    compared = []
+    for one in sorted(attempt.among, key=lambda one: one.cost_ms):
+        words = [f"first token in {one.ttft_ms:g} ms", f"{one.used:.0%} of its room used"]
+        if one.matched:
+            words.append(f"{one.matched} of {attempt.blocks} blocks of the prompt there")
+        if one.home:
+            words.append("the session's home")
+        compared.append(f"{one.endpoint}: {', '.join(words)}")
+    tried = f"; tried before: {', '.join(sorted(failed))}" if failed else ""
+    best = "the best by prediction of" if len(compared) > 1 else "the only one that had room,"
+    return f"{best} {'; '.join(compared)}{tried}"

@@ -12,6 +12,7 @@ from gateway.policy import concurrency
 from gateway.policy.breaker import NEW, Breaker, BreakerRules, Event, State, step
 from gateway.policy.concurrency import ConcurrencyRules, Told, Window, first_limit, hear
 from gateway.policy.routing import least_loaded
+from gateway.policy.scorers import Slots
 from gateway.serving.upstream import Address, Connections
 
 OLDEST_WORD = 10.0
@@ -75,6 +76,8 @@ class Endpoint:
         """Of these the prompts whose first token has not come."""
         self.prefill_rate = 0.0
         """Tokens of prompts a second, as they were seen; 0: not known yet."""
+        self.slots: Slots | None = None
+        """Its places for adapters, where they are known."""
         self.gives = _bounded(ConcurrencyRules(), spec)
         """By which rules it is learnt how much it can be given at once."""
         self.limit = first_limit(self.gives)
@@ -113,6 +116,11 @@ class Endpoint:
     def most(self) -> int:
         """Requests it is given at once."""
         return int(self.limit.sequences)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens it is given at once; 0: not known."""
+        return int(self.limit.tokens or 0)
 
     def give_at_most(self, rules: ConcurrencyRules) -> None:
         """Take other rules of how much it is given; what was learnt stays while they are the same."""
@@ -232,11 +240,13 @@ def _bounded(rules: ConcurrencyRules, spec: EndpointSpec) -> ConcurrencyRules:
 class Group:
     """Endpoints that can serve the same requests: whoever waits for them stands in one line."""
 
-    __slots__ = ("endpoints", "measured")
+    __slots__ = ("chosen", "endpoints", "measured")
 
     def __init__(self, endpoints: tuple[Endpoint, ...]) -> None:
         self.endpoints = endpoints
-        self.measured = len(endpoints) > 1 or any(endpoint.watched for endpoint in endpoints)
+        self.chosen = len(endpoints) > 1
+        """Whether there is a choice."""
+        self.measured = self.chosen or any(endpoint.watched for endpoint in endpoints)
         """Whether it matters how large a request is."""
 
 
@@ -254,6 +264,8 @@ class Pool:
         self.gives = ConcurrencyRules()
         self.on_index: Callable[[], None] | None = None
         """Called when it has changed who serves what."""
+        self.on_return: Callable[[Endpoint], None] | None = None
+        """Called when an endpoint is back that was away: what it held before is probably lost."""
 
     def configure(self, specs: Iterable[EndpointSpec], created: int) -> tuple[list[Endpoint], list[Endpoint]]:
         """Take a new list of endpoints; those that stay keep their connections and load. Returns (new, gone)."""

@@ -27,10 +27,12 @@ from gateway.headers import EXPOSE, JSON
 from gateway.metrics import Metrics
 from gateway.policy.queue import Rejected, Waiting, Why
 from gateway.policy.retry import Cause, Next, decide
+from gateway.policy.routing import Job
 from gateway.serving.admission import USUAL, Admission, Terms, slow_down
 from gateway.serving.answer import AnswerError, read_answer
 from gateway.serving.deadlines import NEVER, Deadlines
 from gateway.serving.dialect import Route
+from gateway.serving.jobs import NOTHING_TOLD, job_of
 from gateway.serving.meter import Meter, Usage
 from gateway.serving.pool import Endpoint, Group, Pool
 from gateway.serving.redact import redact
@@ -40,9 +42,6 @@ from gateway.serving.upstream import Connection, Loss
 HEARTBEAT = b": keep-alive\n\n"
 MAX_ERROR_BODY = 1 << 20
 """Bytes of an engine's error answer that are read."""
-
-SHOWN_CANDIDATES = 8
-"""Of how many endpoints a request remembers what they had in flight when it chose among them."""
 
 WAITING, STREAMING, DONE = range(3)
 
@@ -125,6 +124,7 @@ class Relay:
         "_deadlines",
         "_endpoint",
         "_failure",
+        "_job",
         "_last",
         "_limits",
         "_meter",
@@ -181,6 +181,7 @@ class Relay:
         self._charged: Waiting | None = None
         """The place whose turn its tenant was charged for."""
         self._failure: Refusal | None = None
+        self._job: Job | None = None
         self._connection: Connection | None = None
         self._meter: Meter | None = None
         self._tried: list[Endpoint] = []
@@ -209,20 +210,22 @@ class Relay:
         self._wrote = now
         self._total_at = self._ticket.started + self._limits.total
         self._deadlines.watch(self)
+        self._admission.asked()
         self._attempt(now, None)
 
     def _attempt(self, now: float, failure: Refusal | None, *, turn: bool = False) -> None:
         """Try the next endpoint; ``failure`` is what the last one brought and what the client gets if none is left.
         ``turn``: it has waited for it."""
         group = self._group()
-        prompt, output = self._size() if group.measured else (0, 0)
-        endpoint = self._admission.choose(group, self._tried, prompt + output, now, turn=turn)
-        if endpoint is not None:
-            self._note_choice(endpoint, now, group)
+        job = self._measured(group)
+        choice = self._admission.choose(group, self._tried, job, now, turn=turn)
+        if choice is not None:
+            endpoint = choice.endpoint
+            self._ticket.tried.append(Attempt(endpoint.name, now, endpoint.in_flight, choice, False))
             self._tried.append(endpoint)
             self._ticket.endpoint = endpoint.name
             self._replayed = False
-            self._take(endpoint, prompt, output)
+            self._take(endpoint, choice.uncached, job.prompt + job.output)
             endpoint.sent(now)
             self._send(endpoint, now, fresh=False)
         elif self._admission.hopeful(group, self._tried):
@@ -239,20 +242,23 @@ class Relay:
         hold = self._ticket.hold
         return hold.expected() if hold is not None else (0, 0)
 
-    def _note_choice(self, endpoint: Endpoint, now: float, group: Group) -> None:
-        """Keep what the choice was made by, for whoever asks afterwards."""
-        able = group.endpoints
-        loads = None
-        if len(able) > 1:
-            loads = [one.in_flight if one.available else -1 for one in able[:SHOWN_CANDIDATES]]
-        self._ticket.tried.append(Attempt(endpoint.name, now, endpoint.in_flight, able, loads, False))
+    def _measured(self, group: Group) -> Job:
+        """Return what the router is told: nothing where there is neither a choice nor a limit to learn."""
+        if not group.measured:
+            return NOTHING_TOLD
+        job = self._job
+        if job is None:
+            order = self._order
+            job = job_of(order.fields, order.model, order.cache_salt, self._size(), chosen=group.chosen)
+            self._job = job
+        return job
 
-    def _take(self, endpoint: Endpoint, prompt: int, output: int) -> None:
+    def _take(self, endpoint: Endpoint, prompt: int, tokens: int) -> None:
         self._endpoint = endpoint
         self._prefill = endpoint.prefilling
         self._prompt = prompt
-        self._tokens = prompt + output
-        endpoint.take(prompt, self._tokens)
+        self._tokens = tokens
+        endpoint.take(prompt, tokens)
 
     def _give_back(self) -> None:
         endpoint = self._endpoint
@@ -506,10 +512,12 @@ class Relay:
         then = Next.GIVE_UP
         if self._state == WAITING:
             then = decide(cause, len(self._tried), self._limits.retries, replayed=self._replayed)
+            if then is Next.ELSEWHERE and not self._admission.may_retry(now):
+                then = Next.GIVE_UP
         if then is Next.SAME:
             self._replayed = True
             before = self._ticket.tried[-1]
-            self._ticket.tried.append(Attempt(endpoint.name, now, before.load, before.others, before.loads, True))
+            self._ticket.tried.append(Attempt(endpoint.name, now, before.load, before.choice, True))
             self._send(endpoint, now, fresh=True)
             return
         self._give_back()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from gateway.metrics import Metrics
+from gateway.policy.routing import Choice
 from gateway.serving.limiter import Charges, Hold
 from gateway.serving.meter import Usage
 
@@ -80,10 +81,8 @@ class Attempt(msgspec.Struct, gc=False):
     began: float
     load: int
     """What the endpoint had in flight when it was chosen."""
-    others: Sequence[Endpoint]
-    """Whoever it was chosen among."""
-    loads: list[int] | None
-    """What the first of these had in flight then, -1 where one could not be given work; None: it was the only one."""
+    choice: Choice[Endpoint] | None
+    """How it was chosen."""
     again: bool
     """Whether the connection before was found closed, and this is the same attempt once more."""
     connected: float = 0.0

@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import cache
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol
@@ -233,7 +234,10 @@ class StartGateway(Protocol):
 async def running(settings: Settings, clock: ManualClock, path: Path | None = None) -> AsyncIterator[Gateway]:
     """Run a gateway; at its end nothing may be left in flight."""
     # Both clocks are the test's: what refills does so when the test says that time passed.
-    replica = Replica(settings, path, clock, lambda: BEGAN + int(clock() * 1_000_000))
+    # Equal engines take turns, the first one first.
+    turns = count(1)
+    wall = lambda: BEGAN + int(clock() * 1_000_000)  # noqa: E731
+    replica = Replica(settings, path, clock, wall, lambda below: next(turns) % below)
     try:
         await replica.start()
         yield Gateway(replica, clock, settings.listen.face, settings.log.file)

@@ -199,8 +199,9 @@ class Stage:
         self.deadlines = Deadlines(self.clock)
         self.metrics = Metrics(100)
         self.pool = Pool(Catalogue())
+        self._drawn = -1
         self.called: list[Callable[[], None]] = []
-        self.admission = Admission(self.pool, self.metrics, self.clock, self.rules, self.called.append)
+        self.admission = Admission(self.pool, self.metrics, self.clock, self.rules, self.called.append, self.draw)
         self.attempts: list[FakeConnection] = []
         specs = [
             EndpointSpec(f"e{number}", "http://engine", ENGINES["vllm"], Address("engine", 80), models=((MODEL, OWN),))
@@ -229,6 +230,11 @@ class Stage:
             self.metrics,
             self.done.append,
         )
+
+    def draw(self, below: int) -> int:
+        """Draw whole numbers in turn: equal endpoints take turns."""
+        self._drawn += 1
+        return self._drawn % below
 
     def _sink(self, ticket: Ticket, outcome: Outcome, status: int, now: float) -> None:
         self.settled.append((outcome, status))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import cast
 
+import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -12,7 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engines.registry import ENGINES
 from gateway.policy.concurrency import ConcurrencyRules, Targets
 from gateway.policy.queue import QueueRules
+from gateway.policy.retry import BudgetRules
 from gateway.serving.admission import USUAL, AdmissionRules, Terms
+from gateway.serving.limiter import Hold
 from gateway.serving.pool import EndpointSpec
 from gateway.serving.relay import HEARTBEAT, Order, Relay
 from gateway.serving.ticket import Outcome, Ticket
@@ -22,6 +26,18 @@ from tests.unit.ports import MODEL, OWN, FakeClient, FakeConnection, FakeConnect
 ONE_AT_ONCE = AdmissionRules(capacity=ConcurrencyRules(most=1), patience=(30.0, 30.0, 300.0))
 FIRST = b'data: {"model":"own-name","choices":[{"delta":{"content":"a"}}]}\n\n'
 REST = b"data: [DONE]\n\n"
+
+
+@dataclass
+class Estimated:
+    """What is held of no limit, of a request of a known size."""
+
+    tokens: tuple[int, int]
+    weight: float = 1.0
+    headers: bytes = b""
+
+    def expected(self) -> tuple[int, int]:
+        return self.tokens
 
 
 @dataclass
@@ -51,8 +67,10 @@ class Crowd(Stage):
             if type(endpoint.connections) is Connections:
                 endpoint.connections = cast(Connections, FakeConnections(endpoint.name, self.attempts))
 
-    def ask(self, tenant: str = "a", *, stream: bool = True, terms: Terms = USUAL) -> Asked:
-        """Send one more request on its way."""
+    def ask(
+        self, tenant: str = "a", *, stream: bool = True, terms: Terms = USUAL, tokens: tuple[int, int] | None = None
+    ) -> Asked:
+        """Send one more request on its way; ``tokens`` are those that its prompt and its answer are estimated at."""
         settled: list[tuple[Outcome, int]] = []
         ticket = Ticket(
             self.metrics,
@@ -63,6 +81,8 @@ class Crowd(Stage):
         )
         ticket.tenant = tenant
         ticket.serve(MODEL, stream)
+        if tokens is not None:
+            ticket.hold = cast(Hold, Estimated(tokens))
         client = FakeClient()
         order = Order(self.order.route, MODEL, dict(self.fields), stream, stream, True, None, terms)
         relay = Relay(
@@ -80,6 +100,15 @@ class Crowd(Stage):
     def attempt_of(self, asked: Asked) -> FakeConnection | None:
         """The attempt that a request has under way."""
         return next((one for one in self.attempts if one.receiver is asked.relay and one.ended == ""), None)
+
+    def begin(self, asked: Asked) -> str:
+        """Have its engine answer with a first token; return the engine."""
+        attempt = self.attempt_of(asked)
+        assert attempt is not None
+        attempt.connect()
+        attempt.head()
+        attempt.data(FIRST)
+        return attempt.endpoint
 
     def finish(self, asked: Asked) -> None:
         """Have its engine answer to the end."""
@@ -272,6 +301,49 @@ def test_the_limit_is_learnt_from_how_fast_an_engine_answers() -> None:
     crowd.endpoint.give_at_most(ConcurrencyRules())
     crowd.advance(0.2)
     assert crowd.in_flight == 7
+
+
+def test_retries_have_a_budget() -> None:
+    """When engines break over everything, they are not sent three times as much for it."""
+    rules = AdmissionRules(retries=BudgetRules(share=0.5, per_second=0.1))
+    crowd = Crowd(endpoints=2, rules=rules)
+    attempts = []
+    for _ in range(10):
+        asked = crowd.ask(stream=False)
+        while (attempt := crowd.attempt_of(asked)) is not None:
+            attempt.connect()
+            attempt.lose(Loss.CLOSED)
+        attempts.append(asked.ticket.attempts)
+        assert asked.settled == [(Outcome.ENGINE_FAILED, 502)]
+    # One that was saved, and half of ten.
+    assert sum(attempts) == 16
+    assert crowd.metrics.retries_denied == 4
+
+
+def test_a_conversation_stays_where_its_beginning_is_cached() -> None:
+    """Though the other engine has less to do; a salt or another model shares nothing."""
+    crowd = Crowd(endpoints=2)
+    words = json.dumps([{"role": "user", "content": "x" * 4000}]).encode()
+    crowd.fields["messages"] = msgspec.Raw(words)
+    home = crowd.begin(crowd.ask(tokens=(1000, 10)))
+    crowd.fields["messages"] = msgspec.Raw(words[:-1] + b',{"role":"assistant","content":"y"}]')
+    assert {crowd.begin(crowd.ask(tokens=(1000, 10))) for _ in range(3)} == {home}
+    choice = crowd.ask(tokens=(1000, 10)).ticket.tried[-1].choice
+    assert choice is not None
+    assert (choice.matched, choice.blocks) == (15, 15)
+    crowd.fields["messages"] = msgspec.Raw(words.replace(b"x", b"z"))
+    assert crowd.ask(tokens=(1000, 10)).ticket.endpoint != home
+
+
+def test_a_session_stays_at_home_while_it_does_not_crowd_there() -> None:
+    """``prompt_cache_key`` names it, whatever the prompts are; other sessions have other homes."""
+    crowd = Crowd(endpoints=3, rules=AdmissionRules(capacity=ConcurrencyRules(most=256)))
+    homes = []
+    for session in range(8):
+        crowd.fields["prompt_cache_key"] = msgspec.Raw(b'"team-%d"' % session)
+        (home,) = {crowd.begin(crowd.ask(tokens=(1000, 10))) for _ in range(3)}
+        homes.append(home)
+    assert set(homes) == {"e0", "e1", "e2"}
 
 
 class AnyCrowd(RuleBasedStateMachine):

@@ -1,0 +1,42 @@
+"""What the router is told of a request: how large it is, how it begins, and whose session it is of."""
+
+from __future__ import annotations
+
+import zlib
+
+import msgspec
+
+from engines.protocol import Fields
+from gateway.policy.prefix import BLOCK, MOST_BLOCKS, block_hashes
+from gateway.policy.routing import Job
+
+_READ = ("tools", "system", "instructions", "messages", "prompt", "input")
+"""The fields that become a prompt, in the order in which templates put them there."""
+_MOST = BLOCK * MOST_BLOCKS
+_NULL = b"null"
+NOTHING_TOLD = Job(0, 0)
+"""Where there is no choice."""
+
+
+def job_of(fields: Fields, model: str, salt: str | None, size: tuple[int, int], *, chosen: bool) -> Job:
+    """Return a request's job: ``size`` are the tokens its prompt and its answers are estimated at, ``chosen`` tells
+    whether endpoints are chosen among."""
+    if not chosen:
+        return Job(*size)
+    key = fields.get("prompt_cache_key")
+    session = zlib.crc32(key) if key is not None and bytes(key) != _NULL else 0
+    return Job(*size, _blocks(fields, model, salt), session)
+
+
+def _blocks(fields: Fields, model: str, salt: str | None) -> tuple[int, ...]:
+    """Return the blocks of what a body says, as bytes: equal beginnings of prompts begin equally there too."""
+    parts: list[msgspec.Raw] = []
+    length = 0
+    for name in _READ:
+        raw = fields.get(name)
+        if raw is not None and length < _MOST:
+            parts.append(raw)
+            length += len(raw)
+    text = b"".join(memoryview(raw)[:_MOST] for raw in parts)
+    # What must be the same for a cache to be shared: the model or adapter, and the trust domain.
+    return block_hashes(hash((model, salt)), text)
