@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import redis
 
-from loadtests.limits.fleet import Fleet, FleetError, wait_ready
+from loadtests.children import FleetError, wait_ready
+from loadtests.limits.fleet import Fleet
 from tests.store.servers import Server
 
 FROZEN = 2.5

@@ -1,31 +1,32 @@
 """Gateway processes on one Redis and two simulated engines, all of them children that end with whoever started them.
 
-Rule 1: whatever is started is known by its process id and killed by it, on every way out; the kernel does it where
-        this process itself is killed.
-Rule 2: nothing is shared but what replicas of one machine share: the configuration, the state database, the store.
+Nothing is shared but what replicas of one machine share: the configuration, the state database, the store.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from loadtests.children import (
+    Child,
+    FleetError,
+    engine_figures,
+    kill_all,
+    start_engine,
+    start_gateway,
+    wait_ended,
+    wait_ready,
+)
 from tests.store.servers import Server
-from tests.support.leash import leash
 from tests.support.sockets import free_port
 
 STAYS, LEAVES = "stays", "leaves"
@@ -35,10 +36,6 @@ TOKENS = 24
 STORE_TIMEOUT = 1.0
 """Seconds. Twenty times what is usual: two cores carry all processes of a run, and nothing of it may count as lost."""
 _PATIENCE = 60.0
-
-
-class FleetError(Exception):
-    """Something did not start, or did not do what it was told; the text says what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,30 +100,6 @@ class Plan:
 
 
 @dataclass(slots=True)
-class Child:
-    """A process of ours."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    port: int
-    admin_port: int = 0
-    killed_at: float | None = None
-    """Unix time at which it was killed."""
-    ready: bool = False
-    """Whether it has answered."""
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self.process.pid
-
-    def alive(self) -> bool:
-        """Whether it runs."""
-        return self.process.poll() is None
-
-
-@dataclass(slots=True)
 class Fleet:
     """What runs. ``server`` is the primary Redis."""
 
@@ -150,26 +123,17 @@ class Fleet:
     def add_replica(self) -> Child:
         """Start one more; it answers after ``wait_ready``."""
         number = len(self.replicas)
-        child = _start(
-            f"replica-{number}",
-            [sys.executable, "-m", "gateway.cli", "serve", "--config", str(self.folder / "forebay.yaml")],
-            self.folder,
-            free_port(),
-            free_port(),
-            {
-                "FOREBAY_LOG__FILE": str(self.folder / f"replica-{number}.jsonl"),
-                "FOREBAY_STATE__URL": f"sqlite:///{self.database}",
-            },
-        )
+        own = {
+            "FOREBAY_LOG__FILE": str(self.folder / f"replica-{number}.jsonl"),
+            "FOREBAY_STATE__URL": f"sqlite:///{self.database}",
+        }
+        child = start_gateway(f"replica-{number}", self.folder, free_port(), free_port(), own)
         self.replicas.append(child)
         return child
 
     def kill_replica(self, number: int) -> None:
         """SIGKILL, and wait for its end."""
-        child = self.replicas[number]
-        child.killed_at = time.time()
-        child.process.kill()
-        child.process.wait()
+        self.replicas[number].kill()
 
     def stop_replicas(self) -> None:
         """SIGTERM to all, and wait: the ledger is whole when this returns. FleetError when one does not end."""
@@ -177,89 +141,12 @@ class Fleet:
             if child.alive():
                 child.process.terminate()
         for child in self.replicas:
-            if child.killed_at is not None:
-                continue
-            try:
-                code = child.process.wait(30)
-            except subprocess.TimeoutExpired:
-                raise FleetError(f"{child.name} does not end:\n{_tail(child.log)}") from None
-            if code:
-                raise FleetError(f"{child.name} ended with {code}:\n{_tail(child.log)}")
+            if child.killed_at is None:
+                wait_ended(child)
 
     def figures(self, model: str) -> dict[str, int]:
-        """What an engine itself counts: `prompt`, `generation` tokens, requests `running` and `waiting`."""
-        text = get(self.engines[model].port, "/metrics").decode()
-        names = {
-            "prompt": "prompt_tokens_total",
-            "generation": "generation_tokens_total",
-            "running": "num_requests_running",
-            "waiting": "num_requests_waiting",
-        }
-        found = {}
-        for short, name in names.items():
-            match = re.search(rf"^vllm:{name}\{{\S* (\S+)$", text, re.MULTILINE)
-            if match is None:
-                raise FleetError(f"the engine of {model} does not count {name}")
-            found[short] = int(float(match[1]))
-        return found
-
-
-def _start(
-    name: str,
-    command: Sequence[str],
-    folder: Path,
-    port: int,
-    admin_port: int = 0,
-    environment: Mapping[str, str] | None = None,
-) -> Child:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
-    kept["PYTHONPATH"] = str(Path(__file__).parents[2])
-    if admin_port:
-        kept |= {"FOREBAY_LISTEN__PORT": str(port), "FOREBAY_ADMIN__PORT": str(admin_port)}
-    log = folder / f"{name}.log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=leash(signal.SIGKILL),  # noqa: PLW1509 - one system call
-            env={**kept, **(environment or {})},
-        )
-    return Child(name, process, log, port, admin_port)
-
-
-def get(port: int, path: str) -> bytes:
-    """The body of a GET on 127.0.0.1. OSError; FleetError where the answer is not 200."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        body = answer.read()
-    except HTTPException as error:
-        raise OSError(str(error)) from error
-    finally:
-        connection.close()
-    if answer.status != 200:
-        raise FleetError(f"{path} on port {port} answers {answer.status}")
-    return body
-
-
-def wait_ready(child: Child, path: str) -> None:
-    """Return when it answers. FleetError with the end of what it said when it does not."""
-    deadline = time.monotonic() + _PATIENCE
-    while time.monotonic() < deadline and child.alive():
-        with contextlib.suppress(OSError, FleetError):
-            get(child.port, path)
-            child.ready = True
-            return
-        time.sleep(0.02)
-    raise FleetError(f"{child.name} does not answer; it said:\n{_tail(child.log)}")
-
-
-def _tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-1500:]
+        """What an engine itself counts, see ``engine_figures``."""
+        return engine_figures(self.engines[model].port)
 
 
 def _configuration(plan: Plan, folder: Path, engines: Mapping[str, Child], url: str) -> str:
@@ -317,10 +204,8 @@ def start_fleet(plan: Plan) -> Iterator[Fleet]:
 
 
 def _start_engine(model: str, folder: Path) -> Child:
-    port = free_port()
-    command = [sys.executable, "-m", "engines.simulation", "--profile", "h100-8b", "--speed", "4", "--faults"]
-    command += ["--served-model-name", model, "--max-model-len", "4096", "--port", str(port)]
-    return _start(f"engine-{model}", command, folder, port)
+    own = ["--profile", "h100-8b", "--speed", "4", "--faults", "--served-model-name", model, "--max-model-len", "4096"]
+    return start_engine(f"engine-{model}", folder, free_port(), *own)
 
 
 def _start_sentinel(fleet: Fleet) -> str:
@@ -340,11 +225,7 @@ def _start_sentinel(fleet: Fleet) -> str:
 
 
 def _kill_all(fleet: Fleet) -> None:
-    for child in (*fleet.replicas, *fleet.engines.values()):
-        with contextlib.suppress(ProcessLookupError):
-            child.process.kill()
-    for child in (*fleet.replicas, *fleet.engines.values()):
-        child.process.wait()
+    kill_all((*fleet.replicas, *fleet.engines.values()))
     for server in (fleet.sentinel, fleet.spare, fleet.server):
         if server is not None:
             server.close()

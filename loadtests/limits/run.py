@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loadtests.bench.processes import core_busy, cost_of
+from loadtests.children import FleetError
 from loadtests.limits import report
 from loadtests.limits.account import read_rows
 from loadtests.limits.faults import FAULTS, Fault, Happened
-from loadtests.limits.fleet import LEAVES, STAYS, Fleet, FleetError, Plan, start_fleet
+from loadtests.limits.fleet import LEAVES, STAYS, Fleet, Plan, start_fleet
 from loadtests.limits.traffic import REFUSED_BY_ENGINE, Traffic
 
 _EXAMPLES = """\

@@ -17,7 +17,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loadtests.limits.fleet import KEYS_EACH, LEAVES, STAYS, TOKENS, Child, key_of
+from loadtests.children import Child
+from loadtests.limits.fleet import KEYS_EACH, LEAVES, STAYS, TOKENS, key_of
 
 TIME_OUT = 10.0
 """Seconds after which a request counts as hung."""
