@@ -31,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by its f
 from loadtests.scenarios.answers import Outcome, Row, as_json
 from loadtests.scenarios.client import Client
 from loadtests.scenarios.goodput import missed
+from loadtests.scenarios.options import add
 from loadtests.scenarios.play import Player
 from loadtests.scenarios.schedule import Planned, plan, share
-from loadtests.scenarios.schema import BadScenarioError, Scenario, find, load, names
+from loadtests.scenarios.schema import BadScenarioError, Scenario, find, load
 
 
 class _Greenlets:
@@ -139,14 +140,7 @@ def _playing() -> _Run:
 
 @events.init_command_line_parser.add_listener
 def _arguments(parser: LocustArgumentParser) -> None:
-    own = parser.add_argument_group("Scenarios")
-    text = f"a scenario's file, or one of {', '.join(names())}"
-    own.add_argument("--scenario", metavar="FILE", default="chat", help=text)
-    own.add_argument("--seconds", type=float, help="how long requests come, instead of what the scenario says")
-    own.add_argument("--seed", type=int, help="of all that is drawn, instead of the scenario's")
-    own.add_argument("--out", type=Path, help="a folder for the rows and, when the run is over, the report")
-    own.add_argument("--no-report", action="store_true", help="only rows: whoever started this makes the report")
-    own.add_argument("--share", default="1/1", help="2/3: the second of three such processes, each with its own --out")
+    add(parser.add_argument_group("Scenarios"))
 
 
 @events.init.add_listener
@@ -157,10 +151,9 @@ def _initialise(environment: Environment, **_: Any) -> None:
     if not isinstance(environment.runner, LocalRunner):
         raise SystemExit("a scenario is played by one process; start several with --share 1/2 and --share 2/2")
     try:
-        number, _sep, of = options.share.partition("/")
         scenario = load(find(options.scenario), options.seconds, options.seed)
-        planned = share(plan(scenario), int(number), int(of))
-    except (BadScenarioError, ValueError) as error:
+        planned = share(plan(scenario), *options.share)
+    except BadScenarioError as error:
         raise SystemExit(f"{error}") from None
     _run = _Run(environment, scenario, planned, options.out)
 

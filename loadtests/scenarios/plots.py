@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from loadtests.scenarios.answers import Outcome, Row
 from loadtests.scenarios.goodput import missed
@@ -75,6 +76,7 @@ def _distribution(axes: Axes, values: dict[str, list[float]], label: str) -> Non
             shares = [(number + 1) / len(ordered) for number in range(len(ordered))]
             axes.plot(ordered, shares, color=colour, label=name)
     axes.set(title="distribution", xlabel=label, ylabel="share not above", xscale="log", ylim=(0, 1))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(fontsize=8)

@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ from loadtests.scenarios.schema import Scenario
 LATE = 0.05
 """Seconds. Where one start in a hundred is later, the client was a part of what was measured."""
 TOLD = ("requests", "well", "complete", "refused", "error event", "broken", "failed", "timed out", "cut", "not started")
+
+
+_GROUPS: Mapping[str, Callable[[Row], str]] = {
+    "all": lambda _: "all",
+    "klass": lambda row: row.klass,
+    "tenant": lambda row: row.tenant,
+    "phase": lambda row: f"{row.klass}, {row.phase}",
+}
 
 
 class NoRunError(Exception):
@@ -47,8 +55,9 @@ class Run:
         self.slos = {name: klass.slo for name, klass in self.scenario.classes.items()}
 
     def by(self, what: str) -> dict[str, Totals]:
-        """Totals by ``klass``, ``tenant`` or ``phase``; by ``all`` there is one."""
-        return summed(self.rows, self.slos, lambda row: "all" if what == "all" else str(getattr(row, what)))
+        """Totals by ``klass``, ``tenant`` or ``phase`` (of those that have one); by ``all`` there is one."""
+        rows = [row for row in self.rows if row.phase] if what == "phase" else self.rows
+        return summed(rows, self.slos, _GROUPS[what])
 
 
 def read(folders: Sequence[Path]) -> Run:
@@ -159,8 +168,8 @@ def _client(run: Run, everything: Totals) -> str:
     )
     if worst > LATE:
         said += (
-            f"\n**One start in a hundred was more than {_ms(LATE)} ms late: the client itself, or the machine it shares,"
-            " is a part of these times.** Start fewer requests at once, or several clients (`--share`).\n"
+            f"\n**One start in a hundred was more than {_ms(LATE)} ms late: the client itself, or the machine it"
+            " shares, is a part of these times.** Start fewer requests at once, or several clients (`--share`).\n"
         )
     return said
 
@@ -169,7 +178,7 @@ def _refusals(everything: Totals) -> str:
     if not everything.statuses:
         return ""
     statuses = ", ".join(
-        f"{count:,} × {status or 'no answer'}" for status, count in sorted(everything.statuses.items())
+        f"{count:,} with {status or 'no answer'}" for status, count in sorted(everything.statuses.items())
     )
     said = f"Refusals and failures by status: {statuses}."
     if everything.waits:
@@ -199,6 +208,7 @@ def markdown(run: Run) -> str:
     scenario = run.scenario
     (everything,) = run.by("all").values() if run.rows else [Totals()]
     classes, tenants, phases = run.by("klass"), run.by("tenant"), run.by("phase")
+    told = scenario.model_dump(mode="json", exclude_defaults=True, exclude={"name", "about"})
     slos = "; ".join(f"{name}: first token {_slo(klass.slo)}" for name, klass in scenario.classes.items())
     parts = [
         f"# {scenario.name}\n\n{scenario.about.strip()}\n",
@@ -210,20 +220,20 @@ def markdown(run: Run) -> str:
         " requests that were to be made.\n",
         _outcomes("class", {**classes, "all": everything}, scenario.seconds),
         _outcomes("tenant", tenants, scenario.seconds),
-        _outcomes("phase", phases, scenario.seconds) if len(phases) > 1 else "",
+        _outcomes("class and step", phases, scenario.seconds) if phases else "",
         _refusals(everything),
         "## Times\n",
-        "In ms. TTFT and total count from the moment a request should have begun; ITL is between two events with tokens,"
-        " over all of them.\n",
+        "In ms. TTFT and total count from the moment a request should have begun; ITL is between two events with"
+        " tokens, over all of them.\n",
         _latencies("class", {**classes, "all": everything}),
         _latencies("tenant", tenants),
-        _latencies("phase", phases) if len(phases) > 1 else "",
+        _latencies("class and step", phases) if phases else "",
         "## Why not served well\n",
         _misses(classes),
         "## The client\n",
         _client(run, everything) + _engines(run, everything),
         "## The scenario\n",
-        f"```yaml\n{yaml.safe_dump(scenario.model_dump(mode='json', exclude_defaults=True), sort_keys=False)}```\n",
+        f"```yaml\n{yaml.safe_dump(told, sort_keys=False)}```\n",
     ]
     return "\n".join(part for part in parts if part)
 
