@@ -67,11 +67,14 @@ class Row(msgspec.Struct):
     id: str = ""
 
 
+_NONE = msgspec.Raw(b"null")
+
+
 class _Delta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: msgspec.Raw | None = None
+    tool_calls: msgspec.Raw = _NONE
 
 
 class _Choice(msgspec.Struct):
@@ -87,7 +90,7 @@ class _Usage(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = _NONE
 
 
 _read_chunk = msgspec.json.Decoder(_Chunk).decode
@@ -135,7 +138,7 @@ class Stream:
         except msgspec.MsgspecError as error:
             self.error = f"an event that is no chunk: {error}"
             return
-        if chunk.error is not None or event.kind == b"error":
+        if chunk.error != _NONE or event.kind == b"error":
             self.error = event.data.decode(errors="replace")[:300]
             return
         if chunk.usage is not None:
@@ -146,7 +149,7 @@ class Stream:
     def _choice(self, choice: _Choice, now: float) -> None:
         delta = choice.delta
         said = choice.text if delta is None else delta.content or delta.reasoning_content or delta.reasoning
-        if not said and (delta is None or delta.tool_calls is None):
+        if not said and (delta is None or delta.tool_calls == _NONE):
             return
         if self.first is None:
             self.first = now

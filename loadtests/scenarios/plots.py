@@ -34,9 +34,10 @@ def kind_of(row: Row, run: Run) -> str:
 
 def draw(run: Run, file: Path) -> None:
     """Write it."""
-    figure = Figure(figsize=(11, 7), dpi=80, layout="constrained")
+    figure = Figure(figsize=(11, 7), dpi=80)
     FigureCanvasAgg(figure)
     (top, first), (spread, between) = figure.subplots(2, 2)
+    figure.subplots_adjust(left=0.06, right=0.98, top=0.95, bottom=0.07, hspace=0.3, wspace=0.15)
     _rates(top, run)
     _over_time(first, run)
     classes = list(run.scenario.classes)
