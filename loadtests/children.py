@@ -85,6 +85,7 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             preexec_fn=leash(signal.SIGKILL),  # noqa: PLW1509 - one system call
+            process_group=0,  # Ctrl-C is for whoever started it, who ends things in their order
             env={**kept, **(environment or {})},
         )
     return Child(name, process, log, port, admin_port)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -67,13 +68,13 @@ class _Run:
         self.scenario = scenario
         self.planned = planned
         self.out = out
-        self.player: Player | None = None
+        self.over = False
         self._rows: IO[bytes] | None = None
         self._began = datetime.now(UTC)
         self._cpu = self._wall = 0.0
 
     def begin(self) -> None:
-        self.player = None
+        self.over = False
         self._began = datetime.now(UTC)
         self._cpu, self._wall = time.process_time(), time.monotonic()
         if self.out is not None:
@@ -83,11 +84,16 @@ class _Run:
     def play(self, host: str) -> None:
         client = Client(host, time.monotonic)
         hands = _Greenlets(self.scenario.at_once)
-        self.player = Player(self.scenario, self.planned, client, hands, time.monotonic, gevent.sleep, self._ended)
+        player = Player(self.scenario, self.planned, client, hands, time.monotonic, gevent.sleep, self._ended)
         try:
-            self.player.play()
+            player.play()
         finally:
             client.close()
+            self.over = True
+
+    def stop(self) -> None:
+        """End it as if it were over."""
+        self.over = True
 
     def finish(self) -> None:
         if self.out is None or self._rows is None:
@@ -156,6 +162,9 @@ def _initialise(environment: Environment, **_: Any) -> None:
     except BadScenarioError as error:
         raise SystemExit(f"{error}") from None
     _run = _Run(environment, scenario, planned, options.out)
+    if options.headless:  # locust has no handler of its own while a shape runs, and what came would be lost
+        for number in (signal.SIGTERM, signal.SIGINT):
+            gevent.signal_handler(number, _run.stop)
 
 
 @events.test_start.add_listener
@@ -191,5 +200,4 @@ class Once(LoadTestShape):
 
     def tick(self) -> tuple[int, float] | None:
         """Say how many users there are to be."""
-        player = _playing().player
-        return None if player is not None and player.done else (1, 1.0)
+        return None if _playing().over else (1, 1.0)

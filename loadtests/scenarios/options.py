@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +35,8 @@ def add(parser: Takes) -> None:
 
 
 def share_of(text: str) -> tuple[int, int]:
-    """Read `2/3`. ValueError."""
-    number, of = (int(part) for part in text.split("/"))
-    if not 1 <= number <= of:
-        raise ValueError(f"{text} is not one of 1/{of} to {of}/{of}")
-    return number, of
+    """Read `2/3`. ArgumentTypeError."""
+    found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of one of several, such as 2/3")
+    return int(found[1]), int(found[2])

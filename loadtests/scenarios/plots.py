@@ -49,8 +49,8 @@ def draw(run: Run, file: Path) -> None:
 
 
 def _rates(axes: Axes, run: Run) -> None:
-    width = max(0.5, run.scenario.seconds / _BINS)
-    count = max(1, math.ceil(run.scenario.seconds / width))
+    width = max(0.5, run.seconds / _BINS)
+    count = max(1, math.ceil(run.seconds / width))
     heights = {kind: [0.0] * count for kind in KINDS}
     for row in run.rows:
         heights[kind_of(row, run)][min(count - 1, int(row.at / width))] += 1 / width

@@ -46,6 +46,8 @@ class Run:
     began: str
     client_cpu: float
     rows: list[Row]
+    seconds: float
+    """In which requests came: less than the scenario's where somebody stopped it."""
     engines: dict[str, int] | None = None
     deaths: int = 0
     clients: int = 1
@@ -79,6 +81,7 @@ def read(folders: Sequence[Path]) -> Run:
         first["began"],
         max(one["client_cpu"] for one in told),
         rows,
+        min(float(first["scenario"]["seconds"]), max(1.0, min(one["wall"] for one in told))),
         clients=len(told),
     )
     beside = folders[0] / "engines.json"
@@ -212,15 +215,15 @@ def markdown(run: Run) -> str:
     slos = "; ".join(f"{name}: first token {_slo(klass.slo)}" for name, klass in scenario.classes.items())
     parts = [
         f"# {scenario.name}\n\n{scenario.about.strip()}\n",
-        f"{run.began}, {run.host}, {scenario.seconds:g} s of requests, seed {scenario.seed},"
+        f"{run.began}, {run.host}, {run.seconds:.3g} s of requests, seed {scenario.seed},"
         f" {run.clients} client process{'es' if run.clients > 1 else ''}, {os.cpu_count()} processors beside it.\n",
         "![Requests and their times](report.png)\n",
         "## What became of requests\n",
         f"Served well is what had its end mark and kept the SLO of its class ({slos}); goodput is its share of all"
         " requests that were to be made.\n",
-        _outcomes("class", {**classes, "all": everything}, scenario.seconds),
-        _outcomes("tenant", tenants, scenario.seconds),
-        _outcomes("class and step", phases, scenario.seconds) if phases else "",
+        _outcomes("class", {**classes, "all": everything}, run.seconds),
+        _outcomes("tenant", tenants, run.seconds),
+        _outcomes("class and step", phases, run.seconds) if phases else "",
         _refusals(everything),
         "## Times\n",
         "In ms. TTFT and total count from the moment a request should have begun; ITL is between two events with"

@@ -114,7 +114,7 @@ def _locust(scenario_file: Path, options: argparse.Namespace, host: str, out: Pa
 
 def play(scenario: Scenario, options: argparse.Namespace, out: Path, fleet: Fleet | None, say: Say) -> report.Run:
     """Play it against a fleet, or against ``options.host``; returns what the report was made of. FleetError."""
-    for name in ("rows.jsonl", "run.json", "engines.json"):
+    for name in ("rows.jsonl", "run.json", "engines.json", "locust.log"):
         (out / name).unlink(missing_ok=True)
     web_port = free_port() if options.web else 0
     locust = _locust(find(options.scenario), options, fleet.url if fleet else options.host, out, web_port)
@@ -148,11 +148,11 @@ def _until_over(scenario: Scenario, out: Path, locust: Child, fleet: Fleet | Non
             time.sleep(0.1)
     except KeyboardInterrupt:
         say("stopped: the report will be of what came until now")
-        if locust.alive():
-            locust.process.terminate()
-            locust.process.wait(10)
-    if not locust.port:
+        locust.process.terminate()
         wait_ended(locust)
+    else:
+        if not locust.port:
+            wait_ended(locust)
 
 
 def _report(out: Path, locust: Child) -> report.Run:

@@ -33,7 +33,13 @@ def written(folder: Path, made: list[Row]) -> Path:
     folder.mkdir()
     (folder / "rows.jsonl").write_bytes(b"".join(map(as_json, made)))
     scenario = SCENARIO.model_dump(mode="json", exclude_defaults=True)
-    told = {"host": "http://x", "began": "2026-01-01T00:00:00+00:00", "client_cpu": 0.25, "scenario": scenario}
+    told = {
+        "host": "http://x",
+        "began": "2026-01-01T00:00:00+00:00",
+        "client_cpu": 0.25,
+        "wall": 95.0,
+        "scenario": scenario,
+    }
     (folder / "run.json").write_text(json.dumps(told))
     return folder
 
