@@ -59,7 +59,7 @@ bench: $(STAMP) ## Compare with nginx and a naive gateway; PEERS="sglang-router 
 	@$(BIN)/python -m loadtests.bench.run $(if $(PEERS),--peers $(shell echo $(PEERS) | tr ' ' ',')) $(ARGS)
 
 .PHONY: load
-load: $(STAMP) ## Ten thousand clients that leave at every stage; replicas on one store of limits, under every fault
+load: $(STAMP) ## Clients that leave at every stage; replicas on one store of limits, under every fault; a scenario under locust
 	@CLIENTS=10000 $(BIN)/python -m pytest -s tests/engines/simulated/test_accounts.py
 	@$(BIN)/python -m pytest -s -m load
 
