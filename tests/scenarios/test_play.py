@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -179,3 +180,10 @@ def test_who_is_ended_in_the_middle_is_cut() -> None:
     rows = play(scenario(), Ends())
     assert {row.outcome for row in rows} == {Outcome.CUT}
     assert round(rows[0].total or 0, 6) == 3
+
+
+def test_nothing_but_the_locustfile_knows_gevent() -> None:
+    """Importing it patches sockets, threads and time: that must stay in locust's own process."""
+    import loadtests.scenarios.run  # noqa: F401 - imports all the others
+
+    assert not {"gevent", "locust"} & set(sys.modules)
