@@ -21,6 +21,7 @@ from gateway.commands.engines import DeviceOption, ModelOption, engines_app
 from gateway.commands.gitops import DiffCommand, apply, diff
 from gateway.commands.keys import keys_app
 from gateway.commands.limits import limits_app
+from gateway.commands.route import route_app
 from gateway.commands.tenants import audit, organisations_app, tenants_app
 from gateway.commands.usage import explain, usage
 
@@ -30,6 +31,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(tenants_app, name="tenants")
 app.add_typer(organisations_app, name="organisations")
 app.add_typer(limits_app, name="limits")
+app.add_typer(route_app, name="route")
 app.add_typer(engines_app, name="engines")
 app.command("diff", cls=DiffCommand)(diff)
 app.command("apply")(apply)

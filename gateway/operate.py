@@ -105,13 +105,17 @@ class Operator:
         asked = {"model": model} | ({"key": key} if key is not None else {})
         return self._ask("GET", f"/admin/limits?{urlencode(asked)}")
 
+    def route(self, model: str, path: str, body: bytes) -> dict[str, Any]:
+        """Where a request would be sent, as `POST /admin/route` tells it. OperateError where there is no such model."""
+        return self._ask("POST", f"/admin/route?{urlencode({'model': model, 'path': path})}", content=body)
+
     def explain(self, request_id: str) -> dict[str, Any]:
         """One request, as `GET /admin/requests/ID` tells it. OperateError when it is not known."""
         return self._ask("GET", f"/admin/requests/{quote(request_id, safe='')}")
 
-    def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+    def _ask(self, method: str, path: str, body: object = None, content: bytes | None = None) -> dict[str, Any]:
         try:
-            answer = self._client.request(method, path, json=body)
+            answer = self._client.request(method, path, json=body, content=content)
         except httpx.HTTPError as error:
             raise OperateError(
                 f"no gateway answers at {self.url} ({error or type(error).__name__}); start it with `forebay serve`"

@@ -38,7 +38,8 @@ PATIENCE = 60.0
 
 @pytest.mark.parametrize(
     "command", ["serve", "doctor", "config check", "config schema", "keys create", "keys import", "keys revoke",
-                "limits explain", "keys rotate", "keys show", "keys update", "keys expire", "keys list", "tenants list",
+                "limits explain", "route explain",
+                "keys rotate", "keys show", "keys update", "keys expire", "keys list", "tenants list",
                 "tenants set",
                 "tenants delete", "organisations list", "organisations set", "organisations delete", "audit", "diff",
                 "apply", "engines install", "engines run", "engines list", "engines logs", "engines drain",
@@ -390,6 +391,9 @@ def test_an_engine_that_is_killed_comes_back_behind_the_same_gateway(start: Star
     assert again["minder"]["pid"] != engine["minder"]["pid"]
     assert forebay("engines", "restart", "local").stdout == "local serves again\n"
     assert forebay("engines", "logs", "local").exit_code == 0
+    explained = forebay("route", "explain", "fake-model").stdout
+    assert explained.startswith("fake-model on /v1/chat/completions: local\n")
+    assert re.search(r"local +ready +0 of 1024", explained)
     assert command.end(signal.SIGTERM) == 0
     assert command.left() == []
     assert "no gateway of this data directory" in refused("engines", "list")

@@ -21,6 +21,7 @@ from gateway.api.edge import Edge
 from gateway.api.endpoints import ADMIN, Refused
 from gateway.api.limits import LIMITS
 from gateway.api.manage import MANAGE, Managed
+from gateway.api.route import ROUTE
 from gateway.api.routes import RELAYED
 from gateway.api.usage import USAGE
 from gateway.errors import Kind, Refusal, no_model, openai_body
@@ -130,7 +131,15 @@ def admin_app(
 
     ``books`` None: no ledger is kept.
     """
-    routes = [*_HEALTH.routes, *_METRICS.routes, *ADMIN.routes, *MANAGE.routes, *LIMITS.routes, *USAGE.routes]
+    routes = [
+        *_HEALTH.routes,
+        *_METRICS.routes,
+        *ADMIN.routes,
+        *MANAGE.routes,
+        *LIMITS.routes,
+        *ROUTE.routes,
+        *USAGE.routes,
+    ]
     app = FastAPI(title=f"{TITLE} (operators)", version=version, redoc_url=None, routes=routes)
     app.state.edge = edge
     app.state.minders = minders

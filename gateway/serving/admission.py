@@ -131,6 +131,10 @@ class Admission:
             self.router.sent(job, choice.endpoint)
         return choice
 
+    def would_choose(self, group: Group, job: Job, now: float) -> Choice[Endpoint] | None:
+        """Return who would serve a request now, whoever waits; nothing is learnt of it."""
+        return self.router.choose(job, group.endpoints, (), self._draw, now)
+
     @staticmethod
     def _better(group: Group, tried: Collection[Endpoint], now: float) -> bool:
         """Whether somebody else, busy now, is a better choice than an endpoint that is not trusted."""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 
+import pytest
 from pydantic import SecretStr
 
 from gateway.limits import Limits, TenantLimits
 from gateway.serving.explain import explanation, row_of
 from gateway.settings import Capacity, Caps, KeySettings, Queue, QueueClass, QueueClasses
 from tests.conftest import Connect
-from tests.support.gateway import AUTH, CHAT, KEY, Gateway, StartGateway, chat, relayed, serving, until
+from tests.support.gateway import AUTH, CHAT, KEY, MODEL, Gateway, StartGateway, chat, relayed, serving, until
+from tests.support.journal import Journal
 from tests.support.script import Gate, json_answer
 from tests.support.upstream import ScriptedUpstream
 
+ASKED = f"/admin/route?model={MODEL}"
 ANSWER = b'{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
 BOB = (("authorization", "Bearer fb-bob-secret"),)
 KEYS = (
@@ -219,3 +223,40 @@ async def test_what_waits_can_be_seen(
     split = explanation(row_of(gateway.replica.edge.recent[-1], 0.0), "memory")["time"]["split_ms"]
     assert split["queue"] == 3000.0
     assert split["connect"] < 1000.0
+
+
+@pytest.fixture
+async def other_upstream(journal: Journal) -> AsyncIterator[ScriptedUpstream]:
+    async with ScriptedUpstream(journal=journal, name="other") as scripted:
+        yield scripted
+
+
+async def test_where_a_request_would_be_sent_is_told_without_sending_it(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, other_upstream: ScriptedUpstream
+) -> None:
+    """The engine that has read the beginning of a prompt is named, with what is thought of each; nothing is learnt."""
+    admin = KeySettings(name="root", key=SecretStr("fb-root-secret"), admin=True)
+    first, other = serving(upstream, name="first"), serving(other_upstream, name="other")
+    gateway = await start_gateway(first, other, keys=(*KEYS, admin))
+    for engine in (upstream, other_upstream):
+        engine.always(json_answer(ANSWER), path=CHAT)
+    body = chat(messages=[{"role": "user", "content": "word " * 400}])
+    assert (await gateway.ask(body)).status == 200
+    home = (await gateway.line())["endpoint"]
+    for _ in range(2):
+        told = (await gateway.admin("POST", ASKED, body, key="fb-root-secret")).json()
+        assert told["endpoint"] == home
+        cached = {one["name"]: one["blocks_cached"] for one in told["data"]}
+        assert cached == {home: told["blocks"], "first" if home == "other" else "other": 0}
+        assert {one["state"] for one in told["data"]} == {"ready"}
+    gateway.replica.pool.endpoints[0].holds.add("operator")
+    gateway.replica.pool.endpoints[1].down("as the test says")
+    told = (await gateway.admin("POST", ASKED, body, key="fb-root-secret")).json()
+    assert (told["endpoint"], sorted(one["state"] for one in told["data"])) == (None, ["down", "kept out"])
+    wrong = await gateway.admin("POST", "/admin/route?model=no", key="fb-root-secret")
+    assert wrong.status == 404
+    wrong = await gateway.admin("POST", f"{ASKED}&path=/x", key="fb-root-secret")
+    assert wrong.status == 400
+    wrong = await gateway.admin("POST", ASKED, [1], key="fb-root-secret")
+    assert wrong.status == 400
+    assert (await gateway.admin("POST", ASKED, body, key=KEY)).status == 403
