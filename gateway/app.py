@@ -210,6 +210,7 @@ class Replica:
         await self.limiter.store.start()
         if self.limiter.standing is not Standing.STORE:
             self._store_turned(Turn.LOST)
+        self.pool.share_among(self.limiter.store.gateways)
         plan = self.finder.plan(settings.upstreams, settings.discovery.dns_interval)
         self._named = endpoint_specs(settings)
         added, _ = self.pool.configure(self._named, int(time.time()))
@@ -258,6 +259,7 @@ class Replica:
         while True:
             await asyncio.sleep(HOUSEKEEPING)
             self.log.flush()
+            self.pool.share_among(self.limiter.store.gateways)
             ticks += 1
             if ticks % 10 == 0:
                 for listener in self.listeners:

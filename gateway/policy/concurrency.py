@@ -145,8 +145,12 @@ def step(limit: Limit, seen: Window, in_flight: int, now: float, rules: Concurre
             sequences = max(rules.least, min(sequences, max(seen.peak, 1)) * rules.back)
     elif seen.peak + 1 > sequences:
         sequences += max(1.0, sequences * rules.growth) if slow < EASY else 1.0
-    sequences = min(float(rules.most), max(float(rules.least), sequences))
-    return replace(limit, sequences=sequences, until=now + rules.window)
+    return bounded(replace(limit, sequences=sequences, until=now + rules.window), rules)
+
+
+def bounded(limit: Limit, rules: ConcurrencyRules) -> Limit:
+    """Return a limit within what the rules allow."""
+    return replace(limit, sequences=min(float(rules.most), max(float(rules.least), limit.sequences)))
 
 
 FULL = 0.95

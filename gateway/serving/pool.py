@@ -10,7 +10,7 @@ from adapters.catalogue import Catalogue, Model
 from engines.protocol import Capability, Engine, EngineLoad, Target
 from gateway.policy import concurrency
 from gateway.policy.breaker import NEW, Breaker, BreakerRules, Event, State, step
-from gateway.policy.concurrency import ConcurrencyRules, Told, Window, first_limit, hear
+from gateway.policy.concurrency import ConcurrencyRules, Told, Window, bounded, first_limit, hear
 from gateway.policy.routing import least_loaded
 from gateway.policy.scorers import Slots
 from gateway.serving.upstream import Address, Connections
@@ -122,11 +122,13 @@ class Endpoint:
         """Tokens it is given at once; 0: not known."""
         return int(self.limit.tokens or 0)
 
-    def give_at_most(self, rules: ConcurrencyRules) -> None:
-        """Take other rules of how much it is given; what was learnt stays while they are the same."""
-        gives = _bounded(rules, self.spec)
+    def give_at_most(self, rules: ConcurrencyRules, gateways: int = 1) -> None:
+        """Take other rules of how much it is given; what was learnt stays while its targets are the same."""
+        gives = _bounded(rules, self.spec, gateways)
         if gives != self.gives:
-            self.gives, self.limit = gives, first_limit(gives)
+            same = bool(gives.targets) and gives.targets == self.gives.targets
+            self.limit = bounded(self.limit, gives) if same else first_limit(gives)
+            self.gives = gives
             self.window.clear(self.in_flight)
         self.watched = bool(gives.targets)
 
@@ -232,8 +234,12 @@ class Endpoint:
             self.on_trouble()
 
 
-def _bounded(rules: ConcurrencyRules, spec: EndpointSpec) -> ConcurrencyRules:
-    most = min(rules.most, spec.max_connections, spec.max_running or rules.most)
+def _bounded(rules: ConcurrencyRules, spec: EndpointSpec, gateways: int = 1) -> ConcurrencyRules:
+    """Return the rules for one endpoint. What an operator says of an engine is shared by all gateways before it; what
+    is learnt each learns under the others' load. One request at a time each of them may always send."""
+    most = min(rules.most, spec.max_connections)
+    if spec.max_running is not None:
+        most = min(most, max(1, spec.max_running // gateways))
     return replace(rules, most=most, least=min(rules.least, most))
 
 
@@ -262,6 +268,8 @@ class Pool:
         self._groups: dict[tuple[Endpoint, ...], Group] = {}
         self._turn = 0
         self.gives = ConcurrencyRules()
+        self.gateways = 1
+        """How many gateways share the endpoints, this one included."""
         self.on_index: Callable[[], None] | None = None
         """Called when it has changed who serves what."""
         self.on_return: Callable[[Endpoint], None] | None = None
@@ -275,7 +283,7 @@ class Pool:
         self.endpoints = [kept.get(spec) or Endpoint(spec) for spec in specs]
         self.judge_by(self._rules)
         for endpoint in self.endpoints:
-            endpoint.give_at_most(self.gives)
+            endpoint.give_at_most(self.gives, self.gateways)
         after = set(self.endpoints)
         for endpoint in after - before:
             self.catalogue.learn(Model(public, created) for public in endpoint.models)
@@ -292,8 +300,15 @@ class Pool:
         """Take other rules of how much endpoints are given at once."""
         self.gives = rules
         for endpoint in self.endpoints:
-            endpoint.give_at_most(rules)
+            endpoint.give_at_most(rules, self.gateways)
         self.index()
+
+    def share_among(self, gateways: int) -> None:
+        """Take that so many gateways share the endpoints: each gives them its part of what they may be given."""
+        if gateways != self.gateways:
+            self.gateways = gateways
+            for endpoint in self.endpoints:
+                endpoint.give_at_most(self.gives, gateways)
 
     def index(self) -> None:
         """Rebuild the table of who serves what, after endpoints or their models changed."""

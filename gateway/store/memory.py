@@ -21,6 +21,7 @@ class MemoryStore:
 
     standing = Standing.STORE
     trouble = ""
+    gateways = 1
 
     def __init__(self, clock: Callable[[], int], most: int = MOST_BUCKETS) -> None:
         self._clock = clock

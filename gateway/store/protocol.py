@@ -125,6 +125,11 @@ class Store(Protocol):
         ...
 
     @property
+    def gateways(self) -> int:
+        """How many share it, this one included, as far as it knows."""
+        ...
+
+    @property
     def trouble(self) -> str:
         """What keeps it from what is behind it, as far as it knows; never a password."""
         ...

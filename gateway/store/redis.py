@@ -95,6 +95,11 @@ class RedisStore:
         return self._shares.policy if self._lost else Standing.STORE
 
     @property
+    def gateways(self) -> int:
+        """How many share it: as many as the server told last that live."""
+        return max(1, self._session.live)
+
+    @property
     def trouble(self) -> str:
         """Why there is no connection, empty where there is one; without passwords."""
         return self._link.trouble

@@ -16,9 +16,9 @@ from gateway.store.redis import RedisStore
 from tests.conftest import Connect
 from tests.store.servers import Deaf, Server
 from tests.support.client import Response
-from tests.support.gateway import CHAT, Gateway, StartGateway, chat, post_bytes, relayed, until
+from tests.support.gateway import AUTH, CHAT, Gateway, StartGateway, chat, post_bytes, relayed, serving, until
 from tests.support.recordings import load
-from tests.support.script import json_answer, play
+from tests.support.script import Gate, json_answer, play
 from tests.support.sockets import free_port
 from tests.support.upstream import ScriptedUpstream
 
@@ -59,6 +59,34 @@ async def given_back(gateway: Gateway) -> RedisStore:
     assert isinstance(store, RedisStore)
     await until(lambda: not (store._outbox or store._outbox.batch), "what came back never reached the server")
     return store
+
+
+async def test_an_engine_gets_no_more_from_several_gateways_than_from_one(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, shared_server: Server, connect: Connect
+) -> None:
+    """Each gives its part of what the engine may be given; what is more waits in each, and when one ends the other has
+    all of it."""
+    limits = shared(shared_server.url, requests="100/day")
+    engine = serving(upstream, max_running=4)
+    gateways = [await start_gateway(engine, limits=limits) for _ in range(2)]
+    for gateway in gateways:
+        await until(lambda gateway=gateway: gateway.replica.pool.endpoints[0].most == 2, "its part is not known")
+    gate = Gate()
+    upstream.always(answer().do(gate, 0), path=CHAT)
+    clients = []
+    for turn in range(6):
+        client = await connect(gateways[turn % 2].url)
+        client.post(CHAT, chat(user=str(turn)), AUTH)
+        clients.append(client)
+    for gateway in gateways:
+        await until(lambda gateway=gateway: gateway.replica.admission.queue.count == 1, "nobody waits")
+    assert len(relayed(upstream)) == 4
+    gate.open()
+    for client in clients:
+        assert (await client.response()).status == 200
+    await gateways[0].idle()
+    await gateways[0].replica.close()
+    await until(lambda: gateways[1].replica.pool.endpoints[0].most == 4, "the other's part is nobody's")
 
 
 async def test_two_gateways_let_in_together_what_one_may(

@@ -298,6 +298,8 @@ def test_the_limit_is_learnt_from_how_fast_an_engine_answers() -> None:
         crowd.finish(one)
     assert not crowd.ask().waits
     assert crowd.ask().waits
+    crowd.pool.share_among(3)
+    assert crowd.endpoint.most == 6, "what was learnt is lost"
     crowd.endpoint.give_at_most(ConcurrencyRules())
     crowd.advance(0.2)
     assert crowd.in_flight == 7
