@@ -716,8 +716,9 @@ class Relay:
         )
 
 
-_ENGINES_FAULT = frozenset({Cause.BROKEN, Cause.SLOW, Cause.CREDENTIALS})
-"""What speaks against giving an endpoint more work; being full or refusing a bad request does not."""
+_ENGINES_FAULT = frozenset({Cause.BROKEN, Cause.SLOW, Cause.CREDENTIALS, Cause.OVERLOADED, Cause.UNKNOWN_MODEL})
+"""What speaks against giving an endpoint more work. Refusing a bad request does not; refusing all that comes does, or
+whoever refuses fastest would always have the least to do. One that is only full is forgiven with its next answer."""
 
 OUTCOMES = {
     Kind.ENGINE_FAILED: Outcome.ENGINE_FAILED,

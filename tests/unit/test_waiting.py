@@ -447,3 +447,20 @@ class AnyCrowd(RuleBasedStateMachine):
 
 TestAnyCrowd = AnyCrowd.TestCase
 TestAnyCrowd.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_an_engine_that_refuses_everything_is_not_sent_everything() -> None:
+    """It has the least to do of all: it would be asked first each time, and the budget of retries be used up."""
+    crowd = Crowd(endpoints=2)
+    refused = 0
+    for number in range(100):
+        asked = crowd.ask(stream=False)
+        attempt = crowd.attempt_of(asked)
+        assert attempt is not None
+        if attempt.endpoint == "e0":
+            refused += 1
+            attempt.answer(503, b'{"error":{"message":"full","type":"x","code":503}}')
+        # Whoever works has always more to do than whoever refuses.
+        assert not asked.settled, f"after {number}: the client is told of it"
+        crowd.advance(0.01)
+    assert refused <= 6
