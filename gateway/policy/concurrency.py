@@ -63,6 +63,8 @@ class Limit:
     tokens: float | None = None
     until: float = 0.0
     """When the window is over that the next step looks at."""
+    told: float = 0.0
+    """When the engine said what bounds the tokens."""
 
     def room(self, in_flight: int, tokens: int, more: int) -> bool:
         """Tell whether one more of so many tokens may be sent. One alone always may."""
@@ -163,9 +165,21 @@ TRUSTED = 0.5
 
 
 def hear(limit: Limit, told: Told, now: float, oldest: float) -> Limit:
-    """Return the limit corrected by an engine's own word, unless that is older than ``oldest`` seconds."""
-    if now - told.at > oldest or told.cache_used is None or told.cache_used < TELLING or told.tokens <= 0:
+    """Return the limit corrected by an engine's own word, unless that is older than ``oldest`` seconds.
+
+    A cache that is nearly empty bounds nothing: by what it was bound before it might stay empty for ever.
+    """
+    if now - told.at > oldest or told.cache_used is None:
+        return limit
+    if told.cache_used < TELLING:
+        return limit if limit.tokens is None else replace(limit, tokens=None)
+    if told.tokens <= 0:
         return limit
     size = told.tokens / told.cache_used * FULL
     known = limit.tokens
-    return replace(limit, tokens=size if known is None else known + (size - known) * TRUSTED)
+    return replace(limit, tokens=size if known is None else known + (size - known) * TRUSTED, told=told.at)
+
+
+def without_old_word(limit: Limit, now: float, oldest: float) -> Limit:
+    """Return the limit without what its engine said longer ago than ``oldest`` seconds."""
+    return limit if limit.tokens is None or now - limit.told <= oldest else replace(limit, tokens=None, told=0.0)

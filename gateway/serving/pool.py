@@ -10,7 +10,7 @@ from adapters.catalogue import Catalogue, Model
 from engines.protocol import Capability, Engine, EngineLoad, Target
 from gateway.policy import concurrency
 from gateway.policy.breaker import NEW, Breaker, BreakerRules, Event, State, step
-from gateway.policy.concurrency import ConcurrencyRules, Told, Window, bounded, first_limit, hear
+from gateway.policy.concurrency import ConcurrencyRules, Told, Window, bounded, first_limit, hear, without_old_word
 from gateway.policy.routing import least_loaded
 from gateway.policy.scorers import Slots
 from gateway.serving.upstream import Address, Connections
@@ -157,6 +157,7 @@ class Endpoint:
 
     def adapt(self, now: float) -> None:
         """Learn from how it answered lately how much it can be given."""
+        self.limit = without_old_word(self.limit, now, OLDEST_WORD)
         limit = concurrency.step(self.limit, self.window, self.in_flight, now, self.gives)
         if limit is not self.limit:
             self.limit = limit

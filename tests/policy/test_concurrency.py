@@ -5,7 +5,18 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.policy.concurrency import ConcurrencyRules, Limit, Targets, Told, Window, first_limit, hear, p95, step
+from gateway.policy.concurrency import (
+    ConcurrencyRules,
+    Limit,
+    Targets,
+    Told,
+    Window,
+    first_limit,
+    hear,
+    p95,
+    step,
+    without_old_word,
+)
 
 RULES = ConcurrencyRules(targets=Targets(ttft=1.0, inter_token=0.05), most=200)
 
@@ -87,7 +98,6 @@ def test_an_engines_word_counts_while_it_is_fresh() -> None:
     """How full its cache is tells how much it holds in all; an old word, or one about an empty cache, tells nothing."""
     limit = Limit(50.0)
     assert hear(limit, Told(0, 0.5, 10_000, at=0.0), 30.0, oldest=10.0) is limit
-    assert hear(limit, Told(0, 0.01, 100, at=0.0), 1.0, oldest=10.0) is limit
     assert hear(limit, Told(0, None, 100, at=0.0), 1.0, oldest=10.0) is limit
     once = hear(limit, Told(0, 0.5, 10_000, at=0.0), 1.0, oldest=10.0)
     assert once.tokens == 19_000
@@ -114,3 +124,18 @@ def test_a_window_keeps_no_more_than_it_needs() -> None:
     assert len(seen.ttfts) == len(seen.gaps) == Window.MOST
     seen.clear(3)
     assert (seen.ttfts, seen.gaps, seen.peak) == ([], [], 3)
+
+
+def test_a_bound_on_tokens_goes_when_the_cache_is_empty_again() -> None:
+    """What others had filled it with counted as ours; a bound so small would keep the cache empty, and so itself."""
+    limit = hear(Limit(50.0), Told(0, 0.5, 500, at=0.0), 0.0, oldest=10.0)
+    assert limit.tokens == 950
+    assert hear(limit, Told(0, 0.02, 900, at=1.0), 1.0, oldest=10.0).tokens is None
+
+
+def test_an_engine_that_says_nothing_any_more_is_not_bound_by_what_it_said() -> None:
+    """A word that is ten seconds old bounds nothing."""
+    limit = hear(Limit(50.0), Told(0, 0.5, 500, at=100.0), 100.0, oldest=10.0)
+    assert without_old_word(limit, 110.0, oldest=10.0) is limit
+    assert without_old_word(limit, 110.1, oldest=10.0) == Limit(50.0)
+    assert without_old_word(Limit(50.0), 1e6, oldest=10.0) == Limit(50.0)
