@@ -143,8 +143,9 @@ def step(limit: Limit, seen: Window, in_flight: int, now: float, rules: Concurre
     if slow > 1.0:
         # What was sent under the limit before is still there: it is waited for, or the limit would fall for one fault
         # as often as windows go by.
-        if in_flight <= sequences:
-            sequences = max(rules.least, min(sequences, max(seen.peak, 1)) * rules.back)
+        # And with as few as it always may have it was not their number that made it slow.
+        if in_flight <= sequences and seen.peak > rules.least:
+            sequences = max(rules.least, min(sequences, seen.peak) * rules.back)
     elif seen.peak + 1 > sequences:
         sequences += max(1.0, sequences * rules.growth) if slow < EASY else 1.0
     return bounded(replace(limit, sequences=sequences, until=now + rules.window), rules)

@@ -139,3 +139,12 @@ def test_an_engine_that_says_nothing_any_more_is_not_bound_by_what_it_said() -> 
     assert without_old_word(limit, 110.0, oldest=10.0) is limit
     assert without_old_word(limit, 110.1, oldest=10.0) == Limit(50.0)
     assert without_old_word(Limit(50.0), 1e6, oldest=10.0) == Limit(50.0)
+
+
+def test_slow_with_as_few_as_always_may_be_is_not_the_limits_fault() -> None:
+    """At night, one long prompt at a time: in the morning the engine is given as much as before."""
+    limit = Limit(64.0)
+    assert step(limit, window(0.01, 1, ttft=3.0), 1, 1.0, RULES).sequences == 64
+    few = ConcurrencyRules(targets=RULES.targets, least=4)
+    assert step(limit, window(0.01, 4, ttft=3.0), 1, 1.0, few).sequences == 64
+    assert step(limit, window(0.01, 10, ttft=3.0), 1, 1.0, few).sequences == 8.5
