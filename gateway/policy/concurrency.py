@@ -39,7 +39,7 @@ class ConcurrencyRules:
     least: int = 1
     most: int = 1024
     window: float = 1.0
-    samples: int = 12
+    samples: int = 20
     back: float = 0.85
     growth: float = 0.1
 
@@ -108,8 +108,7 @@ class Window:
 
 def p95(values: list[float]) -> float:
     """Return what 95 of 100 do not exceed, of at least one."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]
+    return sorted(values)[(len(values) * 95 + 99) // 100 - 1]
 
 
 def first_limit(rules: ConcurrencyRules) -> Limit:

@@ -148,3 +148,13 @@ def test_slow_with_as_few_as_always_may_be_is_not_the_limits_fault() -> None:
     few = ConcurrencyRules(targets=RULES.targets, least=4)
     assert step(limit, window(0.01, 4, ttft=3.0), 1, 1.0, few).sequences == 64
     assert step(limit, window(0.01, 10, ttft=3.0), 1, 1.0, few).sequences == 8.5
+
+
+def test_one_of_twenty_may_be_slow() -> None:
+    """Five of a hundred may: with so few seen that the 95th percentile is the slowest, each would count."""
+    seen = window(0.01, 50, count=19)
+    seen.gap(0.01)
+    seen.first_token(9.0)
+    assert step(Limit(50.0), seen, 50, 1.0, RULES).sequences > 50
+    seen.first_token(9.0)
+    assert step(Limit(50.0), seen, 50, 1.0, RULES).sequences < 50
