@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+LEAST_SPEED = 2000.0
+"""Tokens of a prompt a second that an engine is taken to read by itself at least, however slow it was seen to be."""
 EASY = 0.8
 """Below so much of a target there is room for more than one at a time."""
 
@@ -115,6 +117,12 @@ def first_limit(rules: ConcurrencyRules) -> Limit:
     """Return what an endpoint begins with: without targets all it may ever have."""
     sequences = min(rules.most, max(rules.least, rules.start)) if rules.targets else rules.most
     return Limit(float(sequences))
+
+
+def can_keep(prompt: int, speed: float, targets: Targets) -> bool:
+    """Tell whether so many tokens can be read in time by an engine that has nothing else to do; ``speed``: the greatest
+    that was seen of it. What cannot says nothing of how much it may have at once."""
+    return targets.ttft is None or prompt <= targets.ttft * max(speed, LEAST_SPEED)
 
 
 def pressure(seen: Window, rules: ConcurrencyRules) -> float | None:

@@ -10,7 +10,16 @@ from adapters.catalogue import Catalogue, Model
 from engines.protocol import Capability, Engine, EngineLoad, Target
 from gateway.policy import concurrency
 from gateway.policy.breaker import NEW, Breaker, BreakerRules, Event, State, step
-from gateway.policy.concurrency import ConcurrencyRules, Told, Window, bounded, first_limit, hear, without_old_word
+from gateway.policy.concurrency import (
+    ConcurrencyRules,
+    Told,
+    Window,
+    bounded,
+    can_keep,
+    first_limit,
+    hear,
+    without_old_word,
+)
 from gateway.policy.routing import least_loaded
 from gateway.policy.scorers import Slots
 from gateway.serving.upstream import Address, Connections
@@ -76,6 +85,8 @@ class Endpoint:
         """Of these the prompts whose first token has not come."""
         self.prefill_rate = 0.0
         """Tokens of prompts a second, as they were seen; 0: not known yet."""
+        self.speed = 0.0
+        """The greatest that a prompt was read with, waiting included."""
         self.slots: Slots | None = None
         """Its places for adapters, where they are known."""
         self.gives = _bounded(ConcurrencyRules(), spec)
@@ -152,7 +163,8 @@ class Endpoint:
         if seconds > 0 and prompt:
             rate = (ahead + prompt) / seconds
             self.prefill_rate = self.prefill_rate + (rate - self.prefill_rate) / 8 if self.prefill_rate else rate
-        if self.watched:
+            self.speed = max(self.speed, prompt / seconds)
+        if self.watched and can_keep(prompt, self.speed, self.gives.targets):
             self.window.first_token(seconds)
 
     def adapt(self, now: float) -> None:

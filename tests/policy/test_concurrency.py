@@ -11,6 +11,7 @@ from gateway.policy.concurrency import (
     Targets,
     Told,
     Window,
+    can_keep,
     first_limit,
     hear,
     p95,
@@ -158,3 +159,11 @@ def test_one_of_twenty_may_be_slow() -> None:
     assert step(Limit(50.0), seen, 50, 1.0, RULES).sequences > 50
     seen.first_token(9.0)
     assert step(Limit(50.0), seen, 50, 1.0, RULES).sequences < 50
+
+
+def test_a_prompt_that_takes_too_long_by_itself_says_nothing_of_the_limit() -> None:
+    """However few are sent, its first token comes late; at an unknown or low speed it is not taken to be so long."""
+    assert can_keep(8000, 10_000.0, RULES.targets)
+    assert not can_keep(12_000, 10_000.0, RULES.targets)
+    assert can_keep(1500, 10.0, RULES.targets), "one that is overloaded from the start must be noticed"
+    assert can_keep(10**6, 10.0, Targets(inter_token=0.1))

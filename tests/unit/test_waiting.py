@@ -16,7 +16,8 @@ from gateway.policy.concurrency import ConcurrencyRules, Targets
 from gateway.policy.queue import QueueRules
 from gateway.policy.retry import BudgetRules
 from gateway.serving.admission import USUAL, AdmissionRules, Terms
-from gateway.serving.limiter import Hold
+from gateway.serving.limiter import Hold, Settlement
+from gateway.serving.meter import Usage
 from gateway.serving.pool import EndpointSpec
 from gateway.serving.relay import HEARTBEAT, Order, Relay
 from gateway.serving.ticket import Outcome, Ticket
@@ -35,9 +36,13 @@ class Estimated:
     tokens: tuple[int, int]
     weight: float = 1.0
     headers: bytes = b""
+    used: Usage | None = None
 
     def expected(self) -> tuple[int, int]:
         return self.tokens
+
+    def settle(self, usage: Usage | None, events: int, **how: bool) -> tuple[Settlement, int, None]:
+        return Settlement.VOID, 0, None
 
 
 @dataclass
@@ -464,3 +469,18 @@ def test_an_engine_that_refuses_everything_is_not_sent_everything() -> None:
         assert not asked.settled, f"after {number}: the client is told of it"
         crowd.advance(0.01)
     assert refused <= 6
+
+
+def test_prompts_too_long_for_the_target_do_not_take_an_engine_from_all_others() -> None:
+    """One of ten cannot have its first token in time, and fewer at once would not help it."""
+    capacity = ConcurrencyRules(Targets(ttft=0.8), start=8, most=100)
+    crowd = Crowd(rules=AdmissionRules(capacity=capacity))
+    for number in range(100):
+        long = number % 10 == 0
+        several = [crowd.ask(str(number), tokens=(20_000 if long else 100, 10)) for _ in range(2)]
+        crowd.clock.advance(2.5 if long else 0.1)
+        for one in several:
+            crowd.begin(one)
+            crowd.finish(one)
+        crowd.admission.on_deadline(crowd.clock())
+    assert crowd.endpoint.most == 8
