@@ -762,7 +762,8 @@ class AnyOrder(RuleBasedStateMachine):
             endpoint.up()
         else:
             endpoint.down("watched")
-        self.here.connections[number].full = full
+        # Not so full that it has to wait for it: that is shown where several requests are.
+        self.here.connections[number].full = full and self.here.endpoints == 1
 
     # What must hold throughout.
 
