@@ -24,6 +24,8 @@ from gateway.policy.routing import least_loaded
 from gateway.policy.scorers import Slots
 from gateway.serving.upstream import Address, Connections
 
+WHOLE = 32
+"""Tokens of a whole answer from which on its time is mostly that between them."""
 OLDEST_WORD = 10.0
 """Seconds for which an engine's word about itself counts."""
 
@@ -166,6 +168,15 @@ class Endpoint:
             self.speed = max(self.speed, prompt / seconds)
         if self.watched and can_keep(prompt, self.speed, self.gives.targets):
             self.window.first_token(seconds)
+
+    def whole(self, seconds: float, tokens: int) -> None:
+        """Note how long an answer took that was not streamed, of so many tokens: on the average, since nobody saw when
+        the first one came. Between few and none that tells nothing."""
+        if self.watched:
+            if tokens >= WHOLE:
+                self.window.gap(seconds / tokens)
+            elif tokens <= 1:
+                self.window.first_token(seconds)
 
     def adapt(self, now: float) -> None:
         """Learn from how it answered lately how much it can be given."""

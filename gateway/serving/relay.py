@@ -468,6 +468,8 @@ class Relay:
         ticket = self._ticket
         ticket.usage = usage
         ticket.mark(now, 1)
+        if usage is not None and self._endpoint is not None:
+            self._endpoint.whole(now - ticket.tried[-1].began, usage.completion or 0)
         headers = self._headers(now, stream=False)
         self._finish(OK, 200, now)
         self._client.respond(200, headers, body)
@@ -556,6 +558,8 @@ class Relay:
 
     def _end(self, out: bytes, now: float) -> None:
         """End a stream that said its end mark."""
+        if self._state == WAITING and self._endpoint is not None:
+            self._began(self._endpoint, now)
         headers = None if self._committed else self._headers(now)
         self._committed = True
         self._finish(OK, 200, now)

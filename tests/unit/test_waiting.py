@@ -484,3 +484,34 @@ def test_prompts_too_long_for_the_target_do_not_take_an_engine_from_all_others()
             crowd.finish(one)
         crowd.admission.on_deadline(crowd.clock())
     assert crowd.endpoint.most == 8
+
+
+def test_an_engine_is_learnt_from_answers_that_are_not_streamed_too() -> None:
+    """By the time between tokens on the average; by their whole time where there is but one token, or none."""
+    capacity = ConcurrencyRules(Targets(ttft=1.0, inter_token=0.05), start=2, most=100)
+    crowd = Crowd(rules=AdmissionRules(capacity=capacity))
+
+    def answer(seconds: float, completion: int) -> int:
+        """Have one answer after the other take so long; return what it is given then."""
+        for _ in range(20):
+            asked = [crowd.ask(stream=False) for _ in range(crowd.endpoint.most)]
+            crowd.clock.advance(seconds)
+            for one in asked:
+                attempt = crowd.attempt_of(one)
+                assert attempt is not None
+                attempt.answer(200, b'{"model":"own-name","usage":{"completion_tokens":%d}}' % completion)
+        crowd.admission.on_deadline(crowd.clock())
+        return crowd.endpoint.most
+
+    assert answer(2.0, 100) == 3
+    assert answer(9.0, 20) == 3, "too few tokens to tell"
+    assert answer(0.1, 0) == 4
+    assert answer(9.0, 100) == 3
+    assert answer(9.0, 0) == 2
+
+
+def test_a_stream_that_comes_in_one_read_has_a_first_token_too() -> None:
+    """It is the first token that the target is of, however many follow."""
+    crowd = Crowd(rules=AdmissionRules(capacity=ConcurrencyRules(Targets(ttft=1.0))))
+    crowd.finish(crowd.ask())
+    assert len(crowd.endpoint.window.ttfts) == 1
