@@ -16,11 +16,12 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from gateway.policy.displacement import Holders
 from gateway.policy.fairness import Shares
 
 TURNS = 10
@@ -33,6 +34,8 @@ HORIZON = 20.0
 KNOWN_AFTER = 4
 """Requests that must have left a line before its pace is believed."""
 MOST_TOLD = 4096
+MOST_DISPLACED = 64
+"""Requests that make room for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +340,7 @@ class Queue:
         self.tokens = 0
         self.bytes = 0
         self._lines: dict[Hashable, Line] = {}
+        self._holders = [Holders[Waiting]() for _ in range(classes)]
         self._order = 0
 
     def __len__(self) -> int:
@@ -362,24 +366,23 @@ class Queue:
         """Tell whether somebody would be refused who came now. Nothing changes but when the next one is told to come
         back."""
         line = self._lines.get(key)
-        if line is None:
-            return None
-        wait = line.wait(item.rank, item.tenant, item.weight, item.cost, now)
-        patience = item.deadline - now
-        if wait > patience:
-            return self._refused(line, item, Why.LATE, now + wait - patience, now)
-        if self._full(item) and self._victim(item) is None:
-            return self._refused(line, item, Why.FULL, now, now)
+        if line is not None:
+            wait = line.wait(item.rank, item.tenant, item.weight, item.cost, now)
+            patience = item.deadline - now
+            if wait > patience:
+                return self._refused(line, item, Why.LATE, now + wait - patience, now)
+        if self._full(item) and not self._victims(item):
+            return self._refused(line or self.line(key), item, Why.FULL, now, now)
         return None
 
-    def enter(self, key: Hashable, item: Waiting, now: float) -> Rejected | Waiting | None:
-        """Let somebody wait; return who has to make room for him, mostly nobody, or why he may not."""
+    def enter(self, key: Hashable, item: Waiting, now: float) -> Rejected | list[Waiting] | None:
+        """Let somebody wait; return who have to make room for him, None: nobody; or why he may not."""
         refused = self.look(key, item, now)
         if refused is not None:
             return refused
-        displaced = self._victim(item) if self._full(item) else None
-        if displaced is not None:
-            self.leave(displaced)
+        displaced = self._victims(item) if self._full(item) else None
+        for one in displaced or ():
+            self.leave(one)
         line = self.line(key)
         item.line = line
         self._order += 1
@@ -445,36 +448,41 @@ class Queue:
         self.count += sign
         self.tokens += sign * item.tokens
         self.bytes += sign * item.size
+        holders = self._holders[item.rank]
+        if sign > 0:
+            holders.add(item, self._order)
+        else:
+            holders.drop(item)
 
-    def _full(self, item: Waiting, without: Waiting | None = None) -> bool:
-        """Tell whether there is no room, also if one who waits were to leave."""
+    def _full(self, item: Waiting) -> bool:
+        return self._lacks(item, self.count, self.tokens, self.bytes)
+
+    def _lacks(self, item: Waiting, count: int, tokens: int, held: int) -> bool:
+        """Tell whether there is no room where so much waits."""
         rules = self.rules
-        count, tokens, held = self.count, self.tokens, self.bytes
-        if without is not None:
-            count, tokens, held = count - 1, tokens - without.tokens, held - without.size
         if count >= rules.requests:
             return True
         # One alone may be larger than all of it: it would never be served otherwise.
         return bool(count) and (tokens + item.tokens > rules.tokens or held + item.size > rules.bytes)
 
-    def _flows(self, rank: int) -> Iterator[_Flow]:
-        for line in self._lines.values():
-            yield from line.classes[rank].flows.values()
+    def _victims(self, item: Waiting) -> list[Waiting] | None:
+        """Return who make room: of the worse classes, the worst first, whoever have most waiting for their weight, then
+        of his own those that have more than he with this request. None: they would not be enough."""
+        victims: list[Waiting] = []
+        count, tokens, held = self.count, self.tokens, self.bytes
 
-    def _victim(self, item: Waiting) -> Waiting | None:
-        """Return who makes room: of the worst class that is worse than his whoever has most waiting, or of his own one
-        that has more waiting for its weight than he with this request. None: nobody, or it would not be enough."""
+        def take(victim: Waiting) -> bool:
+            nonlocal count, tokens, held
+            victims.append(victim)
+            count, tokens, held = count - 1, tokens - victim.tokens, held - victim.size
+            return len(victims) >= MOST_DISPLACED or not self._lacks(item, count, tokens, held)
+
         for rank in range(self.classes - 1, item.rank - 1, -1):
-            flow = max(self._flows(rank), key=lambda one: one.cost / one.weight, default=None)
-            if flow is None:
-                continue
-            if rank == item.rank:
-                own = sum(one.cost for one in self._flows(rank) if one.tenant == item.tenant)
-                if flow.tenant == item.tenant or flow.cost / flow.weight <= (own + item.cost) / item.weight:
-                    return None
-            last = max((entry for entry in flow.heap if not entry[2].gone), key=lambda entry: entry[:2])[2]
-            return None if self._full(item, last) else last
-        return None
+            holders = self._holders[rank]
+            own = (holders.share(item.tenant) + item.cost) / item.weight if rank == item.rank else -1.0
+            if holders.offer(own, take):
+                break
+        return None if self._lacks(item, count, tokens, held) else victims
 
     def _refused(self, line: Line, item: Waiting, why: Why, at: float, now: float) -> Rejected:
         until = line.promise(item.rank, item.tenant, item.cost, at, now)

@@ -200,9 +200,9 @@ class Admission:
         for endpoint in group.endpoints:
             self._lines.setdefault(endpoint, {})[group] = None
         self.deadline = min(self.deadline, now + LOOK)
-        if result is not None:
-            waiter: Waiter = result.waiter
-            waiter.on_displaced(self.give_up(result, now, Why.DISPLACED), now)
+        for displaced in result or ():
+            waiter: Waiter = displaced.waiter
+            waiter.on_displaced(self.give_up(displaced, now, Why.DISPLACED), now)
         return None
 
     def leave(self, item: Waiting) -> None:

@@ -61,12 +61,17 @@ class Waits(RuleBasedStateMachine):
             self.ended["refused"] += 1
             return
         assert before is None
-        if result is not None:
-            assert result in self.there, "one made room who was not there"
-            assert result.rank > rank or (result.rank == rank and result.tenant != tenant)
-            assert self.queue.displaced(result, self.now).retry_after > 0
-            self.there.remove(result)
+        for displaced in result or ():
+            assert displaced in self.there, "one made room who was not there"
+            assert displaced.rank > rank or (displaced.rank == rank and displaced.tenant != tenant)
+            assert self.queue.displaced(displaced, self.now).retry_after > 0
+            self.there.remove(displaced)
             self.ended["displaced"] += 1
+            if displaced.rank == rank:
+                # Who made room has no less left than who came, or had more than he would.
+                mine = sum(other.cost for other in self.there if (other.rank, other.tenant) == (rank, tenant)) + cost
+                his = sum(other.cost for other in self.there if (other.rank, other.tenant) == (rank, displaced.tenant))
+                assert his + displaced.cost > mine
         self.there.append(one)
 
     @precondition(lambda self: self.there)
@@ -263,7 +268,7 @@ def test_a_full_queue_makes_room_at_the_cost_of_whoever_has_most_waiting() -> No
     """One tenant that fills the queue does not keep the others out; it loses its latest request."""
     queue = Queue(QueueRules(requests=8))
     mine = [entered(queue, item("flood", patience=100 + at)) for at in range(8)]
-    assert queue.enter("line", item("quiet"), 0.0) is mine[-1]
+    assert queue.enter("line", item("quiet"), 0.0) == [mine[-1]]
     assert isinstance(queue.enter("line", item("flood"), 0.0), Rejected)
     # Equal shares: nobody has to make room any more.
     for _ in range(3):
@@ -276,8 +281,57 @@ def test_a_worse_class_makes_room_for_a_better_one() -> None:
     queue = Queue(QueueRules(requests=2))
     low = entered(queue, item("a", rank=2))
     entered(queue, item("a", rank=1))
-    assert queue.enter("line", item("a", rank=0), 0.0) is low
+    assert queue.enter("line", item("a", rank=0), 0.0) == [low]
     assert isinstance(queue.enter("line", item("b", rank=2), 0.0), Rejected)
+
+
+def test_one_that_needs_more_room_than_one_leaves_is_made_it_by_several() -> None:
+    """Or a flood of small requests would keep every larger one out."""
+    queue = Queue(QueueRules(tokens=1000))
+    for _ in range(100):
+        entered(queue, item("flood", tokens=10, cost=10))
+    made = queue.enter("line", item("quiet", tokens=25, cost=25), 0.0)
+    assert isinstance(made, list)
+    assert [one.tenant for one in made] == ["flood"] * 3
+    # Not beyond its share: it would have as much as the flood then.
+    assert isinstance(queue.enter("line", item("quiet", tokens=500, cost=500), 0.0), Rejected)
+    assert queue.count == 98
+
+
+def test_one_of_a_worse_class_that_is_too_small_does_not_protect_a_flood() -> None:
+    """It makes room, and those of the flood the rest."""
+    queue = Queue(QueueRules(tokens=1000))
+    for _ in range(90):
+        entered(queue, item("flood", tokens=11, cost=11))
+    small = entered(queue, item("other", rank=2, tokens=10, cost=10))
+    made = queue.enter("line", item("quiet", tokens=11, cost=11), 0.0)
+    assert isinstance(made, list)
+    assert (made[0], made[1].tenant) == (small, "flood")
+
+
+def test_a_flood_over_many_lines_is_one_flood() -> None:
+    """What a tenant has waiting counts wherever it waits."""
+    queue = Queue(QueueRules(requests=100))
+    for at in range(80):
+        entered(queue, item("flood"), key=f"model {at % 20}")
+    for _ in range(10):
+        entered(queue, item("quiet"), key="model 0")
+        entered(queue, item("other"), key="model 0")
+    made = queue.enter("model 0", item("quiet"), 0.0)
+    assert isinstance(made, list)
+    assert made[0].tenant == "flood"
+
+
+def test_a_full_queue_is_full_for_lines_that_are_new_too() -> None:
+    """However many there are."""
+    queue = Queue(QueueRules(requests=2))
+    entered(queue, item("a"))
+    entered(queue, item("a"))
+    for at in range(5):
+        refused = queue.enter(f"model {at}", item("a"), 0.0)
+        assert isinstance(refused, Rejected)
+        assert refused.why is Why.FULL
+    assert queue.count == 2
 
 
 def test_one_request_larger_than_the_whole_queue_may_wait_alone() -> None:
