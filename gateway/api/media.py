@@ -57,7 +57,7 @@ class MediaRules:
 
 def may_hold_media(body: bytes, route: Route) -> bool:
     """Tell whether there may be anything in a body but text; no is certain."""
-    if route.media_in_lists and body.count(b"[") < 2:
+    if route.media_in_lists and body.find(b"[", body.find(b"[") + 1) < 0:
         # A media part stands in a list of parts inside the list of messages.
         return False
     return b"url" in body or b"data" in body or b"_embeds" in body or has_escapes(body)

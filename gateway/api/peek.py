@@ -52,7 +52,9 @@ class _View(msgspec.Struct):
     length_penalty: float | None = None
 
 
+_VIEWED = frozenset(_View.__struct_fields__)
 _decode_view = msgspec.json.Decoder(_View, strict=True).decode
+_encode = msgspec.json.Encoder().encode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_any = msgspec.json.Decoder().decode
 _decode_string = msgspec.json.Decoder(str).decode
@@ -84,7 +86,7 @@ def read_body(body: bytes, route: Route, caps: Caps, media: MediaRules) -> Asked
     if not FORBIDDEN.isdisjoint(fields):
         name = min(FORBIDDEN.intersection(fields))
         return Refusal(Kind.FORBIDDEN_FIELD, f"The field {name!r} is not for clients to set. Leave it out.", name)
-    asked = _at_a_glance(body, fields, route, caps) or _field_by_field(fields, route, caps)
+    asked = _at_a_glance(fields, route, caps) or _field_by_field(fields, route, caps)
     if isinstance(asked, Refusal):
         return asked
     if asked.stream and not route.streams:
@@ -97,7 +99,7 @@ def read_body(body: bytes, route: Route, caps: Caps, media: MediaRules) -> Asked
     return asked if refusal is None else refusal
 
 
-def _at_a_glance(body: bytes, fields: Fields, route: Route, caps: Caps) -> Asked | None:
+def _at_a_glance(fields: dict[str, msgspec.Raw], route: Route, caps: Caps) -> Asked | None:
     """Read in one go what ``_field_by_field`` reads step by step; None where something is wrong or a cap must hold.
 
     It says nothing that the other would not say, and what is wrong is left to the other, which finds the words.
@@ -105,7 +107,8 @@ def _at_a_glance(body: bytes, fields: Fields, route: Route, caps: Caps) -> Asked
     if caps.n is not None or caps.max_tokens is not None:
         return None
     try:
-        view = _decode_view(body)
+        # Of these few bytes: the messages, most of a body, are read past once and not twice.
+        view = _decode_view(_encode({name: raw for name, raw in fields.items() if name in _VIEWED}))
     except (msgspec.DecodeError, RecursionError):
         return None
     model = view.model
