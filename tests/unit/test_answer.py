@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engines.protocol import EngineError, Fault
 from engines.vllm import Vllm
-from gateway.serving.answer import Answer, AnswerError, read_answer
+from gateway.serving.answer import Answer, AnswerError, _renamed_in_place, read_answer
 from gateway.serving.meter import Usage
 from tests.support.recordings import Recording, all_recordings, load
 
@@ -106,6 +106,38 @@ def test_numbers_keep_their_spelling() -> None:
     """Nothing is read as a float and written again."""
     body = b'{"model":"m","a":1.10,"b":1E5,"c":12345678901234567890123,"d":1e999,"e":"\\u00e9\\/"}'
     assert answered(body).body == body.replace(b'"m"', b'"public/model"')
+
+
+_KEYS = st.sampled_from(('"model"', '"mod\\u0065l"', '"id"', '"inner"'))
+_VALUES = st.sampled_from(
+    ('"m"', '"model"', '{"model":"m"}', '["model","m"]', '"\\"model\\":\\"m\\""', '"\\\\"', '"ü"', "null", '"mm"')
+)
+
+
+_FIELDS = st.lists(st.tuples(_KEYS, st.sampled_from((":", ": ", " :")), _VALUES), max_size=4)
+
+
+@given(_FIELDS, _KEYS, st.sampled_from((":", ": ")), _FIELDS)
+def test_an_answer_renamed_in_place_is_as_if_taken_apart(
+    before: list[tuple[str, str, str]], key: str, colon: str, after: list[tuple[str, str, str]]
+) -> None:
+    """Whatever stands in it, and wherever a model is named beside its own."""
+    body = ("{" + ",".join("".join(field) for field in (*before, (key, colon, '"m"'), *after)) + "}").encode()
+    whole = json.loads(body)
+    if isinstance(whole.get("model"), str):
+        renamed = _renamed_in_place(body, whole["model"], PUBLIC)
+        assert renamed is None or json.loads(renamed) == {**whole, "model": PUBLIC}
+
+
+def test_only_what_names_one_model_is_renamed_in_place() -> None:
+    assert _renamed_in_place(b'{"id":1,"model":"m","b":"m"}', "m", "n") == b'{"id":1,"model":"n","b":"m"}'
+    for body in (
+        b'{"mod\\u0065l":"m"}',
+        b'{"model": "m"}',
+        b'{"model":"m","of":{"model":"m"}}',
+        b'{"model":"m","b":"model"}',
+    ):
+        assert _renamed_in_place(body, "m", "n") is None
 
 
 def test_a_large_answer_is_renamed() -> None:
