@@ -108,7 +108,8 @@ class Edge:
     def new_id(self, at: float) -> str:
         """Return a request id: its time (Unix, milliseconds), then chance. Ids in the order of time are stored at the
         end of the ledger's index; wherever chance put them, each would cost a page of its own."""
-        return f"req_{int(at * 1000) & _MOST_TIME:012x}{self._random.getrandbits(80):020x}"
+        number = (int(at * 1000) & _MOST_TIME) << 80 | self._random.getrandbits(80)
+        return "req_" + number.to_bytes(16, "big").hex()
 
     def new_ticket(self, path: str) -> Ticket:
         """Open a request's account."""

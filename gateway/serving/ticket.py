@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 class Outcome(enum.StrEnum):
     """How a request ended; a metric label and a word in the log."""
 
+    # An enum's own would be a call of Python for each look into a table.
+    __hash__ = str.__hash__
+
     OK = "ok"
     REFUSED = "refused"
     CLIENT_GONE = "client_gone"
