@@ -108,31 +108,32 @@ def ledger_row(ticket: Ticket) -> UsageRow:
 def row_of(ticket: Ticket, now: float) -> UsageRow:
     """The row of a request as it stands; ``now`` is the clock's where it still runs."""
     usage = ticket.usage or (Usage() if ticket.attempts else NOTHING)
-    outcome = ticket.outcome.value if ticket.outcome is not None else ""
+    outcome = ticket.outcome._value_ if ticket.outcome is not None else ""
     end = ticket.ended if outcome else now
+    # In the order of the fields: beyond fifteen, names make every call go by a dict.
     return UsageRow(
-        request_id=ticket.request_id,
-        at=int(ticket.at * 1000 + 0.5) / 1000,
-        key_id=ticket.key_id,
-        key=ticket.key,
-        tenant=ticket.tenant,
-        organisation=ticket.organisation,
-        model=ticket.model,
-        version=ticket.version,
-        path=ticket.path,
-        endpoint=ticket.endpoint,
-        outcome=outcome,
-        status=ticket.status,
-        settlement=ticket.settlement,
-        tokens_in=usage.prompt,
-        tokens_cached=usage.cached,
-        tokens_out=usage.completion,
-        tokens_reasoning=usage.reasoning,
-        cost_nanos=ticket.cost,
-        ttft_ms=_ms(ticket.first_at, ticket.started),
-        duration_ms=to_ms(end - ticket.started),
-        attempts=ticket.attempts,
-        detail=_encode(_detail(ticket, outcome, end)).decode(),
+        ticket.request_id,
+        int(ticket.at * 1000 + 0.5) / 1000,
+        ticket.key_id,
+        ticket.key,
+        ticket.tenant,
+        ticket.organisation,
+        ticket.model,
+        ticket.version,
+        ticket.path,
+        ticket.endpoint,
+        outcome,
+        ticket.status,
+        ticket.settlement,
+        usage.prompt,
+        usage.cached,
+        usage.completion,
+        usage.reasoning,
+        ticket.cost,
+        to_ms(ticket.first_at - ticket.started) if ticket.first_at else None,
+        to_ms(end - ticket.started),
+        ticket.attempts,
+        _encode(_detail(ticket, outcome, end)).decode(),
     )
 
 
@@ -159,11 +160,13 @@ def _time_split(ticket: Ticket, end: float) -> TimeSplit:
     last = ticket.tried[-1] if ticket.tried else None
     connected = (last.connected or last.began) if last is not None else 0.0
     marks = (ticket.let_in_at, ticket.read_at, ticket.sent_at, connected, ticket.first_at)
-    split: list[float | None] = []
+    split: list[float | None] = [None] * len(marks)
     before = ticket.started
-    for at in marks:
-        split.append(to_ms(at - before) if at else None)
-        before = at or before
+    for stage, at in enumerate(marks):
+        if at:
+            # to_ms, written out: this is five times a request.
+            split[stage] = int((at - before) * 1e6 + 0.5) / 1000
+            before = at
     headers, body, policy, connect, first_event = split
     rest = to_ms(end - before)
     queue = to_ms(ticket.waited) if ticket.waited else None
@@ -188,15 +191,11 @@ def _tried(attempt: Attempt, outcome: str, end: float) -> Tried:
         attempt.cause or outcome or "running",
         to_ms((attempt.ended or end) - attempt.began),
         attempt.load,
-        _ms(attempt.connected, attempt.began),
+        to_ms(attempt.connected - attempt.began) if attempt.connected else None,
         attempt.again,
         among,
         choice.blocks if choice is not None else 0,
     )
-
-
-def _ms(later: float, earlier: float) -> float | None:
-    return to_ms(later - earlier) if later else None
 
 
 # --- explained -------------------------------------------------------------------------------------------------------

@@ -36,6 +36,9 @@ _UPGRADE_LOCK = 0x464F5245
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
+# For every None the driver looks for an adapter, and one that it does not find costs it more than binding ten values.
+sqlite3.register_adapter(type(None), lambda nothing: nothing)
+
 
 class _Text(sa.TypeDecorator[str]):
     """Text as each database takes it. PostgreSQL's holds no NUL and neither's holds half a character: whoever looks for

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -51,7 +52,7 @@ TOKENS = ("tokens_in", "tokens_cached", "tokens_out", "tokens_reasoning")
 SUMS = ("requests", *TOKENS, "tokens_unknown", "cost_nanos")
 
 
-class UsageRow(msgspec.Struct, kw_only=True, frozen=True):
+class UsageRow(msgspec.Struct, frozen=True):
     """One request. ``at`` is Unix time; tokens are None where nobody knows; ``detail`` is JSON for ``explain``.
 
     Its JSON is what waits in the spool: fields may be added with a default, and are never taken away.
@@ -67,8 +68,8 @@ class UsageRow(msgspec.Struct, kw_only=True, frozen=True):
     version: str = ""
     path: str = ""
     endpoint: str = ""
-    outcome: str
-    status: int
+    outcome: str = ""
+    status: int = 0
     settlement: str = ""
     tokens_in: int | None = None
     tokens_cached: int | None = None
@@ -84,6 +85,8 @@ class UsageRow(msgspec.Struct, kw_only=True, frozen=True):
 FIELDS = UsageRow.__struct_fields__
 COLUMNS = tuple(column.name for column in usage_table.columns)
 _MOST_TOKENS, _MOST_NANOS = 2**31 - 1, 2**62
+_NAME_LENGTHS = (200, 200, 200, 200, 400, 200, 200, 400)
+"""Of the columns from ``key_id`` to ``endpoint``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,14 +313,7 @@ def _values(row: UsageRow, at: object, day: str) -> tuple[object, ...]:
         _fit(row.request_id, 64),
         at,
         day,
-        _fit(row.key_id, 200),
-        _fit(row.key, 200),
-        _fit(row.tenant, 200),
-        _fit(row.organisation, 200),
-        _fit(row.model, 400),
-        _fit(row.version, 200),
-        _fit(row.path, 200),
-        _fit(row.endpoint, 400),
+        *_names(row.key_id, row.key, row.tenant, row.organisation, row.model, row.version, row.path, row.endpoint),
         _fit(row.outcome, 32),
         row.status,
         _fit(row.settlement, 16),
@@ -331,6 +327,12 @@ def _values(row: UsageRow, at: object, day: str) -> tuple[object, ...]:
         row.attempts,
         row.detail,
     )
+
+
+@lru_cache(4096)
+def _names(*names: str) -> tuple[str, ...]:
+    # The same for many rows, in the order of the columns.
+    return tuple(map(_fit, names, _NAME_LENGTHS))
 
 
 def _fit(text: str, longest: int) -> str:
