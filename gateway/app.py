@@ -51,6 +51,7 @@ from gateway.serving.limiter import Limiter
 from gateway.serving.minded import Minders
 from gateway.serving.pool import EndpointSpec, HealthRules, MinderAt, Pool
 from gateway.serving.relay import RelayLimits
+from gateway.serving.sharing import Sharing
 from gateway.serving.upstream import Address, parse_address
 from gateway.serving.watch import Watcher
 from gateway.settings import ConfigError, Settings, Upstream, diff, fingerprint, load
@@ -108,6 +109,8 @@ class Replica:
         """Where limits are kept together with other replicas; empty: they are this one's alone."""
         self._limits_lost = False
         store = self._open_store(settings, wall)
+        if self.limits_place:
+            store.join(Sharing(self.admission.queue, self.metrics, clock))
         self.limiter = Limiter(store, declared(settings.limits), self.metrics, wall)
         self.keyring = Keyring(settings, self.authenticator, self.log, clock, self.limiter.configure)
         self.edge = Edge(

@@ -93,6 +93,9 @@ class Metrics:
         self.retries_denied = 0
         self._limited: dict[tuple[str, str], int] = {}
         self.limits_lost = 0
+        self.shares_lost = {"untold": 0, "unread": 0, "missed": 0}
+        """What gateways that share a store did not hear of whom they served: charges for which there was no room,
+        messages of another version, and times one was away for longer than they are kept."""
         self._queue_refused: dict[tuple[str, str], int] = {}
         self._queue_waits: dict[str, Histogram] = {}
         self.queue: Callable[[], Iterable[tuple[str, int]]] = tuple
@@ -284,7 +287,12 @@ class Metrics:
         for endpoint, limit, outstanding in self.capacity():
             most.add_metric([endpoint], limit)
             tokens.add_metric([endpoint], outstanding)
-        yield from (waiting, waits, refused, most, tokens)
+        lost = CounterMetricFamily(
+            "forebay_shares_lost", "What gateways did not hear of whom the others served", labels=["what"]
+        )
+        for what, times in self.shares_lost.items():
+            lost.add_metric([what], times)
+        yield from (waiting, waits, refused, most, tokens, lost)
 
     def _collect_requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(

@@ -9,20 +9,24 @@ does it.
     turn   inside a flow: the earliest deadline first, equal ones in the order they came
 
 Whoever is next and does not fit yet is waited for: nobody smaller slips past, or a large request would starve.
+
+Of several gateways each has a queue. Each tells the others what it charged and who waits (``Queue.tell``,
+``Queue.told``); a line is known to all of them by its name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from gateway.policy.displacement import Holders
-from gateway.policy.fairness import Shares
+from gateway.policy.fairness import NOTHING, Charge, Deltas, Shares
 
 TURNS = 10
 """Of so many turns one is for a class that has waited too long."""
@@ -36,6 +40,11 @@ KNOWN_AFTER = 4
 MOST_TOLD = 4096
 MOST_DISPLACED = 64
 """Requests that make room for one."""
+WAITS = 1.0
+"""Seconds for which somebody counts as waiting at another gateway after that was told."""
+
+Charges = dict[tuple[str, int], dict[str, Charge]]
+"""What tenants were charged: by the name of the line and the class, by tenant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +192,7 @@ class _Flow:
 class _Class:
     """All flows of one class of one line."""
 
-    __slots__ = ("_arrivals", "_entries", "_heap", "cost", "count", "flows", "shares", "weight")
+    __slots__ = ("_arrivals", "_elsewhere", "_entries", "_heap", "cost", "count", "flows", "shares", "weight")
 
     def __init__(self) -> None:
         self.shares = Shares()
@@ -195,6 +204,8 @@ class _Class:
         self._heap: list[tuple[float, int, _Flow]] = []
         self._entries = 0
         self._arrivals: deque[Waiting] = deque()
+        self._elsewhere: dict[str, float] = {}
+        """Until when a tenant counts as waiting at another gateway."""
 
     def add(self, item: Waiting, order: int) -> None:
         flow = self.flows.get(item.tenant)
@@ -202,7 +213,9 @@ class _Class:
             flow = self.flows[item.tenant] = _Flow(item.tenant)
             flow.weight = item.weight
             self.weight += item.weight
-            self._queue(flow, self.shares.enter(item.tenant))
+            # Whoever waits at another gateway does not begin to wait here.
+            waits = self._elsewhere and self._elsewhere.get(item.tenant, 0.0) > item.arrived
+            self._queue(flow, self.shares.counter(item.tenant) if waits else self.shares.enter(item.tenant))
         item.flow = flow
         heapq.heappush(flow.heap, (item.deadline, order, item))
         flow.count += 1
@@ -257,11 +270,39 @@ class _Class:
         if flow.count:
             self._queue(flow, counter)
 
-    def settle(self, tenant: str, more: float, weight: float) -> None:
+    def settle(self, tenant: str, more: float, weight: float) -> bool:
+        """Correct a charge, unless nothing is known of it any more."""
         counter = self.shares.settle(tenant, more, weight)
         flow = self.flows.get(tenant)
         if flow is not None and counter is not None:
             self._queue(flow, counter)
+        return counter is not None
+
+    def told(self, charges: Mapping[str, Charge], now: float) -> None:
+        """Charge tenants for what they were given at other gateways, and note who waits there.
+
+        The virtual time goes on as it did there, where those who were served had the smallest counters; but whoever
+        waits here and has had less is not passed by, or newcomers would have to wait for him to catch up.
+        """
+        shares, elsewhere = self.shares, self._elsewhere
+        reached = max((shares.counter(tenant) for tenant, charge in charges.items() if charge.served), default=0.0)
+        others = []
+        for tenant, charge in charges.items():
+            flow = self.flows.get(tenant)
+            if flow is None:
+                others.append((tenant, charge))
+            else:
+                self._queue(flow, shares.served_elsewhere(tenant, charge.served + charge.settled, lifted=False))
+        if self.count:
+            self.first()
+            reached = min(reached, self._heap[0][0])
+        shares.pass_to(reached)
+        for tenant, charge in others:
+            begins = (charge.waits or bool(charge.served)) and elsewhere.get(tenant, 0.0) <= now
+            shares.served_elsewhere(tenant, charge.served + charge.settled, lifted=begins)
+        for tenant in [tenant for tenant, until in elsewhere.items() if until <= now]:
+            del elsewhere[tenant]
+        elsewhere.update((tenant, now + WAITS) for tenant, charge in charges.items() if charge.waits)
 
     def _queue(self, flow: _Flow, counter: float) -> None:
         self._entries += 1
@@ -275,8 +316,10 @@ class _Class:
 class Line:
     """Those who wait for the same engines."""
 
-    def __init__(self, key: Hashable, classes: int) -> None:
+    def __init__(self, key: Hashable, name: str, classes: int) -> None:
         self.key = key
+        self.name = name
+        """By which other gateways know it."""
         self.classes = [_Class() for _ in range(classes)]
         self.drain = Drain()
         self.count = 0
@@ -330,15 +373,27 @@ class Line:
         return until
 
 
-class Queue:
-    """All who wait at one gateway. ``classes``: how many there are."""
+def line_name(engines: Iterable[str]) -> str:
+    """Return what every gateway calls the line of those who wait for these engines, named in any order."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name in sorted(engines):
+        digest.update(name.encode(errors="surrogatepass") + b"\0")
+    return digest.hexdigest()
 
-    def __init__(self, rules: QueueRules, classes: int = 3) -> None:
+
+class Queue:
+    """All who wait at one gateway. ``classes``: how many there are; ``name`` returns the name of a key's line."""
+
+    def __init__(self, rules: QueueRules, classes: int = 3, name: Callable[[Any], str] = str) -> None:
         self.rules = rules
         self.classes = classes
+        self.deltas: Deltas[tuple[str, int, str]] | None = None
+        """What other gateways are to be told of it, by line, class and tenant; None: there are none."""
+        self._told_to = 0
         self.count = 0
         self.tokens = 0
         self.bytes = 0
+        self._name = name
         self._lines: dict[Hashable, Line] = {}
         self._holders = [Holders[Waiting]() for _ in range(classes)]
         self._order = 0
@@ -359,7 +414,7 @@ class Queue:
         """Return the line of those who wait for the same engines, a new one where there is none."""
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = Line(key, self.classes)
+            line = self._lines[key] = Line(key, self._name(key), self.classes)
         return line
 
     def look(self, key: Hashable, item: Waiting, now: float) -> Rejected | None:
@@ -424,13 +479,52 @@ class Queue:
             return None
         assert best.line is not None
         best.line.taken(best, now)
+        if self.deltas is not None and best.cost:
+            self.deltas.note((best.line.name, best.rank, best.tenant), Charge(served=best.cost / best.weight))
         self._hold(best, -1)
         return best
 
     def settle(self, item: Waiting, more: float) -> None:
         """Correct what somebody who had his turn was charged by what he used beyond it."""
-        if item.line is not None and more:
-            item.line.classes[item.rank].settle(item.tenant, more, item.weight)
+        line = item.line
+        if line is None or not more or not line.classes[item.rank].settle(item.tenant, more, item.weight):
+            return
+        if self.deltas is not None:
+            self.deltas.note((line.name, item.rank, item.tenant), Charge(settled=more / item.weight))
+
+    # --- several gateways ---------------------------------------------------------------------------------------
+
+    def tell(self, most: int) -> Charges:
+        """Return what other gateways are to be told now, of so many tenants at most: what they were charged and was not
+        told yet, and who waits. Those beyond it are told the next time."""
+        if self.deltas is None:
+            return {}
+        told = self.deltas.take(most)
+        waiting = [
+            (line.name, rank, tenant)
+            for line in self._lines.values()
+            for rank, one in enumerate(line.classes)
+            for tenant in one.flows
+        ]
+        for flow in told.keys() & waiting:
+            told[flow] = told[flow]._replace(waits=True)
+        begin = self._told_to % len(waiting) if waiting else 0
+        room = most - len(told)
+        for flow in [*waiting[begin:], *waiting[:begin]][:room]:
+            told[flow] = told.get(flow, NOTHING)._replace(waits=True)
+        self._told_to = begin + room
+        charges: Charges = {}
+        for (line, rank, tenant), charge in told.items():
+            charges.setdefault((line, rank), {})[tenant] = charge
+        return charges
+
+    def told(self, charges: Mapping[tuple[str, int], Mapping[str, Charge]], now: float) -> None:
+        """Take what other gateways tell. Where nobody has waited here yet all begin together."""
+        for line in self._lines.values():
+            for rank, one in enumerate(line.classes):
+                charged = charges.get((line.name, rank))
+                if charged:
+                    one.told(charged, now)
 
     def forget(self, key: Hashable) -> list[Waiting]:
         """Drop a line; return who waited in it, in the order they came."""

@@ -17,7 +17,7 @@ import msgspec
 from gateway.errors import Kind, Refusal
 from gateway.metrics import Metrics
 from gateway.policy.concurrency import ConcurrencyRules
-from gateway.policy.queue import Queue, QueueRules, Rejected, Waiting, Why
+from gateway.policy.queue import Queue, QueueRules, Rejected, Waiting, Why, line_name
 from gateway.policy.retry import BudgetRules, fresh, requested, retried
 from gateway.policy.routing import Choice, Job, Router
 from gateway.serving.deadlines import NEVER
@@ -90,7 +90,7 @@ class Admission:
         draw: Callable[[int], int],
     ) -> None:
         self.pool = pool
-        self.queue = Queue(rules.queue, len(CLASSES))
+        self.queue = Queue(rules.queue, len(CLASSES), _line_name)
         self.rules = rules
         self._metrics = metrics
         self._clock = clock
@@ -284,6 +284,10 @@ class Admission:
     def waiting(self) -> Iterable[tuple[str, int]]:
         """Return how many of each class wait."""
         return zip(CLASSES, self.queue.by_class(), strict=True)
+
+
+def _line_name(group: Group) -> str:
+    return line_name(endpoint.name for endpoint in group.endpoints)
 
 
 _TOLD = {

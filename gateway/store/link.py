@@ -37,7 +37,7 @@ Done = Callable[[Told | None], None]
 class _Call:
     __slots__ = ("args", "done", "keys", "script", "sent")
 
-    def __init__(self, script: Script, keys: Sequence[str], args: Sequence[str], done: Done) -> None:
+    def __init__(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes], done: Done) -> None:
         self.script = script
         self.keys = keys
         self.args = args
@@ -86,7 +86,7 @@ class Link:
             return self._flight[0].sent
         return self._waiting[0].sent if self._waiting else None
 
-    def call(self, script: Script, keys: Sequence[str], args: Sequence[str], done: Done) -> None:
+    def call(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes], done: Done) -> None:
         """Have a script run; only while ``up``."""
         loop = asyncio.get_running_loop()
         call = _Call(script, keys, args, done)

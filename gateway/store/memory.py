@@ -8,7 +8,7 @@ from itertools import islice
 from gateway.policy.cells import Cell, cell_of, draw
 from gateway.policy.reservation import Need, Short, take
 from gateway.policy.token_bucket import STEP, Bucket, Shape, fresh, refill, set_back
-from gateway.store.protocol import Buckets, Granted, Known, Refused, Standing, Verdict
+from gateway.store.protocol import Buckets, Granted, Known, Member, Refused, Standing, Verdict
 
 MOST_BUCKETS = 100_000
 """Beyond so many, those that hold what a new one would are forgotten."""
@@ -70,6 +70,9 @@ class MemoryStore:
         return tuple(
             fresh(shape, now) if cell is None else refill(shape, cell.bucket(now), now) for shape, cell in found
         )
+
+    def join(self, member: Member) -> None:
+        """There is nobody else to be told."""
 
     async def start(self) -> None:
         """Nothing has to be reached."""

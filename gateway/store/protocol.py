@@ -116,6 +116,22 @@ class Refused(msgspec.Struct, frozen=True, gc=False):
 Verdict = Granted | Refused
 
 
+class Member(Protocol):
+    """Whoever has something to say to the other replicas that share a store, and is told by them."""
+
+    def tell(self) -> bytes:
+        """Return what the others are to be told now, without a line's end; nothing: empty. It is told once."""
+        ...
+
+    def told(self, messages: Sequence[bytes]) -> None:
+        """Take what others told, each message once, in the order they came."""
+        ...
+
+    def missed(self) -> None:
+        """Take that others may have told what was not heard here."""
+        ...
+
+
 class Store(Protocol):
     """Buckets by name. What it was given with ``settle`` it never loses while its process lives."""
 
@@ -149,6 +165,10 @@ class Store(Protocol):
 
     async def look(self, buckets: Buckets) -> tuple[Bucket, ...]:
         """Return what the buckets hold now, for people."""
+        ...
+
+    def join(self, member: Member) -> None:
+        """Carry what a member tells the other replicas, and what they tell, as long as there are any."""
         ...
 
     async def start(self) -> None:

@@ -20,11 +20,12 @@ from gateway.policy.token_bucket import SECOND, Bucket, Shape
 from gateway.redis_url import read_url
 from gateway.store.alone import Shares
 from gateway.store.asking import Ask, Asks
+from gateway.store.exchange import Exchange
 from gateway.store.holdings import Holdings
 from gateway.store.lease import Lease
 from gateway.store.link import Link
 from gateway.store.outbox import Outbox
-from gateway.store.protocol import Buckets, Standing, Turn, Verdict
+from gateway.store.protocol import Buckets, Member, Standing, Turn, Verdict
 from gateway.store.scripts import BEAT, LOOK, Told, need_words
 from gateway.store.session import Session
 from gateway.store.timing import Overdue, Timer
@@ -83,6 +84,7 @@ class RedisStore:
         self._shares = Shares(when_lost, self._leases)
         self._outbox = Outbox(self._session, self._leases, self._overdue.watch, now, chance)
         self._asks = Asks(self._session, self._leases, self._outbox)
+        self._exchange = Exchange(self._session, self._overdue.watch, self._link.drop, now)
         self._lost = True
         self._beaten = 0.0
         self._slots_said: dict[str, int] = {}
@@ -170,10 +172,15 @@ class RedisStore:
     def _leases_of(self, buckets: Buckets, now: int) -> list[Lease]:
         return [self._leases.of(name, shape, now) for name, shape in zip(buckets.names, buckets.shapes, strict=True)]
 
+    def join(self, member: Member) -> None:
+        """Carry what a member tells the other replicas, and what they tell."""
+        self._exchange.join(member)
+
     async def start(self) -> None:
         """Begin; a store that does not answer for a while is lost until it does."""
         self._link.start()
         self._timers["tick"].set(TICK)
+        self._exchange.start()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._healed.wait(), max(0.5, self._timeout))
 
@@ -201,6 +208,7 @@ class RedisStore:
                 break
             await asyncio.sleep(0.002)
         if self._serving:
+            self._exchange.speak()
             answer: asyncio.Future[Told | None] = asyncio.get_running_loop().create_future()
             self._session.call(BEAT, (), ("0",), answer.set_result)
             await answer
@@ -316,6 +324,7 @@ class RedisStore:
         for name in self._timers:
             self._cancel(name)
         self._outbox.stop()
+        self._exchange.stop()
         self._overdue.stop()
 
     def _cancel(self, name: str) -> None:

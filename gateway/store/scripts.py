@@ -30,8 +30,8 @@ def _script(name: str) -> Script:
     return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest().encode())
 
 
-TAKE, GIVE, UNDO, BEAT, LOOK = map(_script, ("take", "give", "undo", "beat", "look"))
-ALL = (TAKE, GIVE, UNDO, BEAT, LOOK)
+TAKE, GIVE, UNDO, BEAT, LOOK, EXCHANGE = map(_script, ("take", "give", "undo", "beat", "look", "exchange"))
+ALL = (TAKE, GIVE, UNDO, BEAT, LOOK, EXCHANGE)
 
 
 class Told(msgspec.Struct, frozen=True, gc=False):
@@ -47,6 +47,8 @@ class Told(msgspec.Struct, frozen=True, gc=False):
     promised: bool = False
     amounts: tuple[int, ...] = ()
     buckets: tuple[Bucket, ...] = ()
+    lines: tuple[bytes, ...] = ()
+    """What else was answered."""
 
 
 VOID = Told("void", 0, "", 0)
@@ -77,6 +79,7 @@ def parse(answer: bytes) -> Told:
     """Return what a script answered."""
     if answer == b"void":
         return VOID
+    answer, *lines = answer.split(b"\n")
     head, *rest = answer.decode().split("|")
     status, now, generation, live, index, wait, promised = head.split()
     amounts, buckets = [], []
@@ -95,6 +98,7 @@ def parse(answer: bytes) -> Told:
         promised == "1",
         tuple(amounts),
         tuple(buckets),
+        tuple(lines),
     )
 
 

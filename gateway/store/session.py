@@ -39,7 +39,8 @@ class Session:
         # One hash tag: on a Cluster all of it is in one slot.
         self.prefix = f"{{{namespace}}}:b:"
         """Of the keys of buckets."""
-        self._head = tuple(f"{{{namespace}}}:{what}" for what in ("generation", "replicas", f"r:{name}"))
+        self._space = f"{{{namespace}}}:"
+        self._head = tuple(self._space + what for what in ("generation", "replicas", f"r:{name}"))
         self._heard = heard
         self._server_clock = server_clock
         self.ahead = now - steady()
@@ -59,9 +60,16 @@ class Session:
 
     def call(self, script: Script, buckets: Sequence[str], words: Sequence[str], done: Done) -> None:
         """Have a script run on buckets; only while the link is up."""
-        keys = (*self._head, *[self.prefix + bucket for bucket in buckets])
+        self._call(script, [self.prefix + bucket for bucket in buckets], words, done)
+
+    def speak(self, script: Script, keys: Sequence[str], words: Sequence[str | bytes], done: Done) -> None:
+        """Have a script run on keys that are no buckets; only while the link is up."""
+        self._call(script, [self._space + key for key in keys], words, done)
+
+    def _call(self, script: Script, keys: Sequence[str], words: Sequence[str | bytes], done: Done) -> None:
         now = "" if self._server_clock is None else str(self._server_clock())
-        self._link.call(script, keys, (now, self.generation, self._name, str(self.fence), *words), done)
+        head = (now, self.generation, self._name, str(self.fence))
+        self._link.call(script, (*self._head, *keys), (*head, *words), done)
 
     def note(self, told: Told) -> None:
         """Learn the time, the replicas, and whether the store has forgotten everything."""

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from gateway.limits import Limits
 from gateway.policy.limits import UNIT
 from gateway.policy.token_bucket import spare
+from gateway.settings import KeySettings
 from gateway.store.redis import RedisStore
 from tests.conftest import Connect
 from tests.store.servers import Deaf, Server
 from tests.support.client import Response
-from tests.support.gateway import AUTH, CHAT, Gateway, StartGateway, chat, post_bytes, relayed, serving, until
+from tests.support.gateway import AUTH, CHAT, KEY, Gateway, StartGateway, chat, post_bytes, relayed, serving, until
 from tests.support.recordings import load
 from tests.support.script import Gate, json_answer, play
 from tests.support.sockets import free_port
@@ -24,6 +28,7 @@ from tests.support.upstream import ScriptedUpstream
 
 STREAM = play(load("vllm", "chat_stream_usage"))
 names = itertools.count()
+ALICE, BOB = (KeySettings(name=name, key=SecretStr(key)) for name, key in (("alice", KEY), ("bob", "b")))
 
 
 def answer(prompt: int = 100, output: int = 50) -> Any:
@@ -61,6 +66,16 @@ async def given_back(gateway: Gateway) -> RedisStore:
     return store
 
 
+async def spoken(gateway: Gateway) -> None:
+    """Have a gateway tell the others what it has to, and hear what they told."""
+    store = gateway.replica.limiter.store
+    assert isinstance(store, RedisStore)
+    exchange = store._exchange
+    await until(lambda: not exchange._asking, "it never ends")
+    exchange.speak()
+    await until(lambda: not exchange._asking, "it never ends")
+
+
 async def test_an_engine_gets_no_more_from_several_gateways_than_from_one(
     start_gateway: StartGateway, upstream: ScriptedUpstream, shared_server: Server, connect: Connect
 ) -> None:
@@ -87,6 +102,55 @@ async def test_an_engine_gets_no_more_from_several_gateways_than_from_one(
     await gateways[0].idle()
     await gateways[0].replica.close()
     await until(lambda: gateways[1].replica.pool.endpoints[0].most == 4, "the other's part is nobody's")
+
+
+@pytest.mark.parametrize("face", ["protocol"])
+async def test_tenants_share_fairly_over_four_gateways(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, shared_server: Server, connect: Connect
+) -> None:
+    """A balancer that leaves it to chance, and a tenant that sends ten times as much as the other. Each round the
+    engine answers all it has and the gateways talk: the two differ by no more than a request each, and what is served
+    in a round of each."""
+    limits = shared(shared_server.url, requests="1000/day")
+    engine, keys = serving(upstream, max_running=8), (ALICE, BOB)
+    gateways = [await start_gateway(engine, limits=limits, keys=keys) for _ in range(4)]
+    for gateway in gateways:
+        await until(lambda gateway=gateway: gateway.replica.pool.endpoints[0].most == 2, "its part is not known")
+    chance, clients = random.Random(3), []
+
+    async def send(user: str) -> None:
+        client = await connect(chance.choice(gateways).url)
+        client.post(CHAT, chat(user=user, max_tokens=50), AUTH if user == "alice" else (("authorization", "Bearer b"),))
+        clients.append(client)
+
+    def served() -> Counter[str]:
+        return Counter(json.loads(request.body)["user"] for request in relayed(upstream))
+
+    def waiting() -> int:
+        return sum(gateway.replica.admission.queue.count for gateway in gateways)
+
+    sent: Counter[str] = Counter()
+    gate, gaps = Gate(), []
+    upstream.always(answer().do(gate, 0), path=CHAT)
+    for _ in range(16):
+        for user, most in (("alice", 60), ("bob", 6)):
+            while sent[user] - served()[user] < most:
+                sent[user] += 1
+                await send(user)
+        await until(lambda: waiting() == sent.total() - served().total(), "somebody is on the way")
+        # The first of them were served at once, as nobody waited then.
+        gaps.append(served()["alice"] - served()["bob"])
+        for gateway in [*gateways, *gateways]:
+            await spoken(gateway)
+        before = served().total()
+        opened, gate = gate, Gate()
+        upstream.always(answer().do(gate, 0), path=CHAT)
+        opened.open()
+        await until(lambda before=before: served().total() == before + 8, "the engine is not used")
+    gate.open()
+    for client in clients:
+        assert (await client.response()).status == 200
+    assert max(gaps) - min(gaps) <= 2 * (1 + 8)
 
 
 async def test_two_gateways_let_in_together_what_one_may(
