@@ -110,7 +110,7 @@ class Replica:
         self._limits_lost = False
         store = self._open_store(settings, wall)
         if self.limits_place:
-            store.join(Sharing(self.admission.queue, self.metrics, clock))
+            store.join(Sharing(self.admission, self.metrics, clock, store.hurry))
         self.limiter = Limiter(store, declared(settings.limits), self.metrics, wall)
         self.keyring = Keyring(settings, self.authenticator, self.log, clock, self.limiter.configure)
         self.edge = Edge(
@@ -213,7 +213,6 @@ class Replica:
         await self.limiter.store.start()
         if self.limiter.standing is not Standing.STORE:
             self._store_turned(Turn.LOST)
-        self.pool.share_among(self.limiter.store.gateways)
         plan = self.finder.plan(settings.upstreams, settings.discovery.dns_interval)
         self._named = endpoint_specs(settings)
         added, _ = self.pool.configure(self._named, int(time.time()))
@@ -262,7 +261,6 @@ class Replica:
         while True:
             await asyncio.sleep(HOUSEKEEPING)
             self.log.flush()
-            self.pool.share_among(self.limiter.store.gateways)
             ticks += 1
             if ticks % 10 == 0:
                 for listener in self.listeners:

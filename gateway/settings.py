@@ -202,7 +202,8 @@ class Upstream(Section):
     max_connections: Count = 1024
     """Connections this gateway may hold to it, or to each one that is discovered."""
     max_running: Count | None = None
-    """Requests it is given at once at most, whatever is learnt of it; more wait here, or go to another engine."""
+    """Requests it is given at once at most, by all gateways that share limits, whatever is learnt of it; more wait
+    here, or go to another engine."""
     minder: UpstreamUrl | None = None
     """Control port of the agent beside it, unix:/path or http://host:port: it can then be drained and restarted."""
     minder_port: Port | None = None

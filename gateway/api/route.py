@@ -67,7 +67,7 @@ def _describe(endpoint: Endpoint, scored: Scored[Endpoint] | None, now: float) -
         "name": endpoint.name,
         "state": _state(endpoint, now),
         "in_flight": endpoint.in_flight,
-        "limit": endpoint.most,
+        "limit": endpoint.most_now,
         "tokens": endpoint.tokens,
         "prompts_ahead": endpoint.prefilling,
         "prompt_tokens_per_second": round(endpoint.prefill_rate),

@@ -492,7 +492,7 @@ class Queue:
         if self.deltas is not None:
             self.deltas.note((line.name, item.rank, item.tenant), Charge(settled=more / item.weight))
 
-    # --- several gateways ---------------------------------------------------------------------------------------
+    # --- several gateways ---------------------------------------------------------------------------------------------
 
     def tell(self, most: int) -> Charges:
         """Return what other gateways are to be told now, of so many tenants at most: what they were charged and was not

@@ -104,6 +104,8 @@ class Admission:
         self._retries = fresh(rules.retries, clock())
         self._requests = 0
         self.deadline = NEVER
+        self.on_wait: Callable[[Group], None] | None = None
+        """Called when somebody begins to wait."""
         pool.on_index = self._regroup
         pool.on_return = self.router.emptied
         self.configure(rules)
@@ -203,7 +205,19 @@ class Admission:
         for displaced in result or ():
             waiter: Waiter = displaced.waiter
             waiter.on_displaced(self.give_up(displaced, now, Why.DISPLACED), now)
+        if self.on_wait is not None:
+            self.on_wait(group)
         return None
+
+    def waiting_for(self, endpoint: Endpoint) -> int:
+        """Return how many wait for an endpoint: of those that wait for any of several, its part."""
+        waiting = 0
+        for group in self._lines.get(endpoint, ()):
+            count = self.queue.waiting(group)
+            if count:
+                able = sum(one.available for one in group.endpoints)
+                waiting += -(-count // max(1, able))
+        return waiting
 
     def leave(self, item: Waiting) -> None:
         """Let go of a request that waits no longer, unless it is out already."""

@@ -10,6 +10,7 @@ from adapters.catalogue import Catalogue, Model
 from engines.protocol import Capability, Engine, EngineLoad, Target
 from gateway.policy import concurrency
 from gateway.policy.breaker import NEW, Breaker, BreakerRules, Event, State, step
+from gateway.policy.capacity import Part
 from gateway.policy.concurrency import (
     ConcurrencyRules,
     Told,
@@ -28,6 +29,7 @@ WHOLE = 32
 """Tokens of a whole answer from which on its time is mostly that between them."""
 OLDEST_WORD = 10.0
 """Seconds for which an engine's word about itself counts."""
+UNBOUNDED = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,9 @@ class Endpoint:
         self.gives = _bounded(ConcurrencyRules(), spec)
         """By which rules it is learnt how much it can be given at once."""
         self.limit = first_limit(self.gives)
+        self.part = Part(spec.max_running) if spec.max_running is not None else None
+        """What of it this gateway may use, where all gateways share what it may be given."""
+        self.share = self._usual = UNBOUNDED if spec.max_running is None else spec.max_running
         self.window = Window()
         self.watched = False
         """Whether it is measured how fast it answers."""
@@ -123,21 +128,32 @@ class Endpoint:
 
     def room(self, tokens: int) -> bool:
         """Whether it can be given one more request of so many tokens now."""
-        return self.available and self.limit.room(self.in_flight, self.tokens, tokens)
+        return self.in_flight < self.share and self.available and self.limit.room(self.in_flight, self.tokens, tokens)
 
     @property
     def most(self) -> int:
-        """Requests it is given at once."""
-        return int(self.limit.sequences)
+        """Requests it is given at once: what this gateway does not need now it may have when it does."""
+        return min(int(self.limit.sequences), max(self.share, self._usual))
+
+    @property
+    def most_now(self) -> int:
+        """Requests it is given at once, of what this gateway may use now."""
+        return min(int(self.limit.sequences), self.share)
 
     @property
     def most_tokens(self) -> int:
         """Tokens it is given at once; 0: not known."""
         return int(self.limit.tokens or 0)
 
-    def give_at_most(self, rules: ConcurrencyRules, gateways: int = 1) -> None:
+    def lease(self, share: int, gateways: int) -> None:
+        """Take what of it this gateway may use, of so many that share it."""
+        assert self.part is not None
+        self.share = share
+        self._usual = max(1, self.part.most // gateways)
+
+    def give_at_most(self, rules: ConcurrencyRules) -> None:
         """Take other rules of how much it is given; what was learnt stays while its targets are the same."""
-        gives = _bounded(rules, self.spec, gateways)
+        gives = _bounded(rules, self.spec)
         if gives != self.gives:
             same = bool(gives.targets) and gives.targets == self.gives.targets
             self.limit = bounded(self.limit, gives) if same else first_limit(gives)
@@ -258,12 +274,11 @@ class Endpoint:
             self.on_trouble()
 
 
-def _bounded(rules: ConcurrencyRules, spec: EndpointSpec, gateways: int = 1) -> ConcurrencyRules:
-    """Return the rules for one endpoint. What an operator says of an engine is shared by all gateways before it; what
-    is learnt each learns under the others' load. One request at a time each of them may always send."""
+def _bounded(rules: ConcurrencyRules, spec: EndpointSpec) -> ConcurrencyRules:
+    """Return the rules for one endpoint."""
     most = min(rules.most, spec.max_connections)
     if spec.max_running is not None:
-        most = min(most, max(1, spec.max_running // gateways))
+        most = min(most, spec.max_running)
     return replace(rules, most=most, least=min(rules.least, most))
 
 
@@ -294,6 +309,8 @@ class Pool:
         self.gives = ConcurrencyRules()
         self.gateways = 1
         """How many gateways share the endpoints, this one included."""
+        self.leased = False
+        """Whether a store says what of the endpoints this one may use; else it is an equal part."""
         self.on_index: Callable[[], None] | None = None
         """Called when it has changed who serves what."""
         self.on_return: Callable[[Endpoint], None] | None = None
@@ -307,7 +324,9 @@ class Pool:
         self.endpoints = [kept.get(spec) or Endpoint(spec) for spec in specs]
         self.judge_by(self._rules)
         for endpoint in self.endpoints:
-            endpoint.give_at_most(self.gives, self.gateways)
+            endpoint.give_at_most(self.gives)
+            if endpoint not in before and endpoint.part is not None:
+                self._share(endpoint)
         after = set(self.endpoints)
         for endpoint in after - before:
             self.catalogue.learn(Model(public, created) for public in endpoint.models)
@@ -324,15 +343,22 @@ class Pool:
         """Take other rules of how much endpoints are given at once."""
         self.gives = rules
         for endpoint in self.endpoints:
-            endpoint.give_at_most(rules, self.gateways)
+            endpoint.give_at_most(rules)
         self.index()
 
     def share_among(self, gateways: int) -> None:
-        """Take that so many gateways share the endpoints: each gives them its part of what they may be given."""
-        if gateways != self.gateways:
-            self.gateways = gateways
-            for endpoint in self.endpoints:
-                endpoint.give_at_most(self.gives, gateways)
+        """Take that so many gateways share the endpoints and nobody tells who may use what: each an equal part."""
+        self.gateways, self.leased = gateways, False
+        for endpoint in self.endpoints:
+            if endpoint.part is not None:
+                self._share(endpoint)
+
+    def _share(self, endpoint: Endpoint) -> None:
+        part = endpoint.part
+        assert part is not None
+        if not self.leased:
+            part.alone(self.gateways)
+        endpoint.lease(part.share, self.gateways)
 
     def index(self) -> None:
         """Rebuild the table of who serves what, after endpoints or their models changed."""
@@ -348,7 +374,7 @@ class Pool:
 
     def capacity(self) -> Iterator[tuple[str, int, int]]:
         """Return of each endpoint how many requests it is given at once, and the tokens it has by estimates."""
-        return ((endpoint.name, endpoint.most, endpoint.tokens) for endpoint in self.endpoints)
+        return ((endpoint.name, endpoint.most_now, endpoint.tokens) for endpoint in self.endpoints)
 
     def serving(self, model: str) -> tuple[Endpoint, ...]:
         """Return every endpoint that serves a public model, healthy or not."""

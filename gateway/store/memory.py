@@ -21,7 +21,6 @@ class MemoryStore:
 
     standing = Standing.STORE
     trouble = ""
-    gateways = 1
 
     def __init__(self, clock: Callable[[], int], most: int = MOST_BUCKETS) -> None:
         self._clock = clock
@@ -73,6 +72,9 @@ class MemoryStore:
 
     def join(self, member: Member) -> None:
         """There is nobody else to be told."""
+
+    def hurry(self) -> None:
+        """There is nobody to share with."""
 
     async def start(self) -> None:
         """Nothing has to be reached."""

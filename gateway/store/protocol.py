@@ -116,8 +116,36 @@ class Refused(msgspec.Struct, frozen=True, gc=False):
 Verdict = Granted | Refused
 
 
+class Claim(msgspec.Struct, frozen=True, gc=False):
+    """What a replica says of an endpoint: ``most`` that all replicas together may use of it, what it holds of that and
+    has in flight, what it asks for, and what it would want if nobody else did."""
+
+    endpoint: str
+    most: int
+    held: int
+    in_flight: int
+    asked: int
+    wanted: int
+
+
+class Grant(msgspec.Struct, frozen=True, gc=False):
+    """What a replica holds from now on, and what each of the others wants, by name."""
+
+    held: int
+    others: tuple[tuple[str, int], ...]
+
+
+class Place(msgspec.Struct, frozen=True, gc=False):
+    """Who is asked: its name as others are told it, how many live, and the store's time in microseconds."""
+
+    name: str
+    live: int
+    now: int
+
+
 class Member(Protocol):
-    """Whoever has something to say to the other replicas that share a store, and is told by them."""
+    """Whoever has something to say to the other replicas that share a store, is told by them, and shares endpoints with
+    them."""
 
     def tell(self) -> bytes:
         """Return what the others are to be told now, without a line's end; nothing: empty. It is told once."""
@@ -131,6 +159,19 @@ class Member(Protocol):
         """Take that others may have told what was not heard here."""
         ...
 
+    def claims(self, place: Place) -> Sequence[Claim]:
+        """Return what is asked for now. What is held afterwards is told with ``granted``, unless that is lost: then
+        it is what was held before, or asked for where that was less."""
+        ...
+
+    def granted(self, grants: Sequence[Grant]) -> bool:
+        """Take what the store has recorded, of each claim; tell whether some of it is to be given up at once."""
+        ...
+
+    def alone(self, gateways: int) -> None:
+        """Take that nobody can be asked, of so many who share."""
+        ...
+
 
 class Store(Protocol):
     """Buckets by name. What it was given with ``settle`` it never loses while its process lives."""
@@ -138,11 +179,6 @@ class Store(Protocol):
     @property
     def standing(self) -> Standing:
         """By whose word it answers now."""
-        ...
-
-    @property
-    def gateways(self) -> int:
-        """How many share it, this one included, as far as it knows."""
         ...
 
     @property
@@ -169,6 +205,10 @@ class Store(Protocol):
 
     def join(self, member: Member) -> None:
         """Carry what a member tells the other replicas, and what they tell, as long as there are any."""
+        ...
+
+    def hurry(self) -> None:
+        """Ask soon what the member claims, rather than when it is time."""
         ...
 
     async def start(self) -> None:

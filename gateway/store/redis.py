@@ -97,11 +97,6 @@ class RedisStore:
         return self._shares.policy if self._lost else Standing.STORE
 
     @property
-    def gateways(self) -> int:
-        """How many share it: as many as the server told last that live."""
-        return max(1, self._session.live)
-
-    @property
     def trouble(self) -> str:
         """Why there is no connection, empty where there is one; without passwords."""
         return self._link.trouble
@@ -176,6 +171,10 @@ class RedisStore:
         """Carry what a member tells the other replicas, and what they tell."""
         self._exchange.join(member)
 
+    def hurry(self) -> None:
+        """Ask now for what the member wants of endpoints."""
+        self._exchange.hurry()
+
     async def start(self) -> None:
         """Begin; a store that does not answer for a while is lost until it does."""
         self._link.start()
@@ -183,6 +182,8 @@ class RedisStore:
         self._exchange.start()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._healed.wait(), max(0.5, self._timeout))
+        if self._lost:
+            self._exchange.alone()
 
     async def stop(self) -> None:
         """Carry on what is noted, return what is leased, leave; for a second at the most."""
@@ -255,6 +256,7 @@ class RedisStore:
             self._heard(Turn.FOUND)
         self._asks.resume()
         self._outbox.flush_soon()
+        self._exchange.speak()
 
     def _charge(self, now: int) -> None:
         """Owe the store what was let in by this replica's own word: slots since they were counted, shares spent."""
@@ -281,6 +283,7 @@ class RedisStore:
             return
         self._lost = True
         self._heard(Turn.LOST)
+        self._exchange.alone()
         self._answer_alone()
 
     def _answer_alone(self) -> None:

@@ -35,7 +35,7 @@ class Session:
         server_clock: Callable[[], int] | None,
     ) -> None:
         self._link = link
-        self._name = name
+        self.name = name
         # One hash tag: on a Cluster all of it is in one slot.
         self.prefix = f"{{{namespace}}}:b:"
         """Of the keys of buckets."""
@@ -68,7 +68,7 @@ class Session:
 
     def _call(self, script: Script, keys: Sequence[str], words: Sequence[str | bytes], done: Done) -> None:
         now = "" if self._server_clock is None else str(self._server_clock())
-        head = (now, self.generation, self._name, str(self.fence))
+        head = (now, self.generation, self.name, str(self.fence))
         self._link.call(script, (*self._head, *keys), (*head, *words), done)
 
     def note(self, told: Told) -> None:

@@ -12,20 +12,27 @@ from typing import Any
 
 import pytest
 import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from adapters.catalogue import Catalogue
 from gateway.metrics import Metrics
+from gateway.policy.capacity import Part
 from gateway.policy.fairness import Charge
-from gateway.policy.queue import Queue, QueueRules, Waiting
+from gateway.policy.queue import Queue, Waiting
 from gateway.policy.token_bucket import SECOND, STEP
+from gateway.serving.admission import Admission, AdmissionRules
+from gateway.serving.pool import Group, Pool
 from gateway.serving.sharing import MOST_TENANTS, Sharing
 from gateway.store import scripts
 from gateway.store.exchange import Exchange
+from gateway.store.protocol import Claim, Grant, Place
 from gateway.store.scripts import BEAT, Script, Told, parse
 from tests.store.servers import Deaf, Server, until
 from tests.store.test_replicas import a_store
 
 NOW = 1_790_000_000 * SECOND
-KEPT = 3 * SECOND
+KEPT = LIFETIME = 3 * SECOND
 names = itertools.count()
 
 
@@ -49,6 +56,50 @@ class Talker:
     def missed(self) -> None:
         self.away += 1
 
+    def claims(self, place: Place) -> Sequence[Claim]:
+        return ()
+
+    def granted(self, grants: Sequence[Grant]) -> bool:
+        return False
+
+    def alone(self, gateways: int) -> None:
+        self.left_alone = gateways
+
+
+@dataclass
+class Holder(Talker):
+    """A member that uses one endpoint of which all together may use 10 at once, and never more than its share."""
+
+    part: Part = field(default_factory=lambda: Part(10))
+    in_flight: int = 0
+    waiting: int = 0
+    fair: int = 0
+
+    def claims(self, place: Place) -> Sequence[Claim]:
+        part = self.part
+        asked = part.ask(self.in_flight, self.waiting, place.name, place.live, place.now // SECOND)
+        return [Claim("e", part.most, part.held, self.in_flight, asked, part.want)]
+
+    def granted(self, grants: Sequence[Grant]) -> bool:
+        self.part.granted(grants[0].held, grants[0].others)
+        self.begin()
+        return False
+
+    def alone(self, gateways: int) -> None:
+        self.part.alone(gateways)
+        self.begin()
+
+    def begin(self) -> None:
+        """Send those that wait, as far as it may."""
+        while self.waiting and self.in_flight < self.part.share:
+            self.waiting -= 1
+            self.in_flight += 1
+
+    def end(self) -> None:
+        """Have one end."""
+        self.in_flight -= 1
+        self.begin()
+
 
 class Line:
     """A session whose calls run at once, and are lost before or after that as a test says."""
@@ -57,15 +108,17 @@ class Line:
         self.client = client
         self.space = space
         self.name = name
-        self.now = NOW
+        self.time = NOW
         self.fence = 1
+        self.live = 1
+        self.alive_until = NOW
         self.generation = ""
         self.serving = True
         self.lost = ""
 
     def call(self, script: Script, keys: Sequence[str], words: Sequence[str | bytes]) -> Told:
         keys = [f"{self.space}:{key}" for key in ("generation", "replicas", f"r:{self.name}", *keys)]
-        head = (str(self.now), self.generation, self.name, str(self.fence))
+        head = (str(self.time), self.generation, self.name, str(self.fence))
         given: tuple[Any, ...] = (*keys, *head, *words)
         answer = self.client.evalsha(script.sha.decode(), len(keys), *given)
         assert isinstance(answer, bytes)
@@ -79,6 +132,15 @@ class Line:
 
     def note(self, told: Told) -> None:
         self.generation = told.generation
+        self.live = told.live
+
+    def now(self) -> int:
+        return self.time
+
+    def beat(self) -> None:
+        """Say that it lives."""
+        self.note(self.call(BEAT, (), (str(LIFETIME),)))
+        self.alive_until = self.time + LIFETIME
 
 
 @dataclass
@@ -92,7 +154,7 @@ class Person:
 
     def speak(self, now: int | None = None, lost: str = "") -> None:
         if now is not None:
-            self.line.now = now
+            self.line.time = now
         self.line.lost = lost
         self.exchange.speak()
 
@@ -105,15 +167,16 @@ def client(shared_server: Server) -> Iterator[redis.Redis]:
         yield client
 
 
-def people(client: redis.Redis, count: int) -> list[Person]:
+def people(client: redis.Redis, count: int, kind: type[Talker] = Talker) -> list[Person]:
     space = f"talk{next(names)}"
-    made = []
-    for at in range(count):
-        line, talker, dropped = Line(client, space, f"r{at}"), Talker(f"r{at}"), [False]
-        exchange = Exchange(line, lambda: None, partial(dropped.append, True), NOW)  # type: ignore[arg-type]
-        exchange.join(talker)
-        made.append(Person(line, talker, exchange, dropped))
-    return made
+    return [person(client, space, at, kind) for at in range(count)]
+
+
+def person(client: redis.Redis, space: str, at: int, kind: type[Talker] = Talker) -> Person:
+    line, talker, dropped = Line(client, space, f"r{at}"), kind(f"r{at}"), [False]
+    exchange = Exchange(line, lambda: None, partial(dropped.append, True), NOW)  # type: ignore[arg-type]
+    exchange.join(talker)
+    return Person(line, talker, exchange, dropped)
 
 
 def test_each_message_is_heard_once_by_each_other_replica_whatever_is_lost(client: redis.Redis) -> None:
@@ -260,28 +323,189 @@ async def test_replicas_talk_through_their_stores_and_a_lost_answer_is_told_once
     assert other.heard == [b"first", b"second", b"last"]
 
 
+# --- endpoints --------------------------------------------------------------------------------------------------------
+
+
+def holders(people: Sequence[Person]) -> list[Holder]:
+    return [one.talker for one in people if isinstance(one.talker, Holder)]
+
+
+def recorded(client: redis.Redis, space: str, live: Sequence[Person]) -> int:
+    """What the server has recorded for those who live."""
+    names = {one.line.name.encode() for one in live}
+    found: Any = client.hgetall(f"{space}:endpoint:e")
+    return sum(int(value.split()[0]) for name, value in found.items() if name in names)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32), count=st.integers(2, 12))
+def test_all_that_live_never_use_more_than_there_is(client: redis.Redis, seed: int, count: int) -> None:
+    """Some come, some die, calls and answers are lost, requests come and end anywhere."""
+    chance = random.Random(seed)
+    live = people(client, count, Holder)
+    space, numbers, now = live[0].line.space, itertools.count(count), NOW
+    dead: list[tuple[int, Person]] = []
+    for one in live:
+        one.line.beat()
+    for _ in range(120):
+        now += chance.choice([0, 1, 1000, 100_000, 300_000])
+        for one in live:
+            one.line.time = now
+            if one.line.alive_until - now < 2 * SECOND:
+                one.line.beat()
+        dead = [(until, one) for until, one in dead if until > now]
+        someone = chance.choice(live)
+        holder = someone.talker
+        assert isinstance(holder, Holder)
+        what = chance.random()
+        if what < 0.25:
+            holder.waiting += chance.randint(1, 8)
+            holder.begin()
+        elif what < 0.5 and holder.in_flight:
+            holder.end()
+        elif what < 0.53 and len(live) > 1:
+            live.remove(someone)
+            dead.append((someone.line.alive_until, someone))
+        elif what < 0.56:
+            live.append(person(client, space, next(numbers), Holder))
+            live[-1].line.time = now
+            live[-1].line.beat()
+        else:
+            someone.speak(now, chance.choice(["", "", "", "", "before", "after"]))
+        counted = [*live, *(one for _, one in dead)]
+        assert sum(one.in_flight for one in holders(counted)) <= 10
+        assert recorded(client, space, counted) <= 10
+        assert all(one.in_flight <= one.part.held for one in holders(counted))
+
+
+def settle(people: Sequence[Person], rounds: int = 6) -> None:
+    for _ in range(rounds):
+        for one in people:
+            one.speak()
+
+
+def test_who_wants_more_has_what_others_do_not_need_and_gives_it_back(client: redis.Redis) -> None:
+    everyone = people(client, 4, Holder)
+    for one in everyone:
+        one.line.beat()
+    settle(everyone)
+    busy, idle, *_ = holders(everyone)
+    assert [one.part.share for one in holders(everyone)] == [1] * 4
+    busy.waiting = 20
+    settle(everyone)
+    assert (busy.in_flight, [one.part.share for one in holders(everyone)]) == (7, [7, 1, 1, 1])
+    idle.waiting = 20
+    settle(everyone)
+    assert (busy.in_flight, idle.in_flight, idle.part.share) == (7, 1, 1)
+    while busy.in_flight > busy.part.share:
+        busy.end()
+    settle(everyone)
+    assert (busy.in_flight, idle.in_flight) == (4, 4)
+
+
+def test_after_all_was_forgotten_nobody_gets_more_until_all_have_said_what_they_have(client: redis.Redis) -> None:
+    everyone = people(client, 2, Holder)
+    for one in everyone:
+        one.line.beat()
+    busy, other = holders(everyone)
+    busy.waiting = 9
+    settle(everyone)
+    assert (busy.in_flight, other.part.held) == (9, 1)
+    client.delete(*[f"{everyone[0].line.space}:{key}" for key in ("generation", "replicas", "endpoint:e")])
+    other.waiting = 5
+    for one in reversed(everyone):
+        one.line.time = NOW + 1
+        one.line.beat()
+        one.speak(NOW + 1)
+    assert (busy.part.held, other.part.held, other.in_flight) == (9, 1, 1)
+    for _ in range(5):
+        busy.end()
+    for one in [*everyone, *reversed(everyone)]:
+        one.line.time = NOW + LIFETIME
+        one.line.beat()
+        one.speak(NOW + LIFETIME + 1)
+    assert other.in_flight == 5
+
+
+def test_who_was_taken_for_dead_keeps_what_is_in_flight_and_no_more(client: redis.Redis) -> None:
+    still, other = people(client, 2, Holder)
+    for one in (still, other):
+        one.line.beat()
+    holder, other_holder = holders([still, other])
+    holder.waiting = 6
+    settle([still, other])
+    assert holder.in_flight == 6
+    holder.end()
+    later = NOW + LIFETIME + 1
+    other.line.time = later
+    other.line.beat()
+    other_holder.waiting = 10
+    settle([other], 2)
+    assert other_holder.in_flight == 10, "what it held is lost to all"
+    holder.waiting = 5
+    still.speak(later)
+    assert holder.part.share <= holder.in_flight == 5
+    still.line.beat()
+    for _ in range(3):
+        still.speak(later)
+        other.speak(later)
+    assert holder.in_flight == 5, "it began another one"
+    assert recorded(client, still.line.space, [still]) == 5, "nobody knows what it has in flight"
+    assert other_holder.part.share == 5
+
+
+def test_who_has_not_said_that_it_lives_is_given_nothing(client: redis.Redis) -> None:
+    """The others would count none of it."""
+    one, other = people(client, 2, Holder)
+    other.line.beat()
+    holder = holders([one])[0]
+    holder.waiting = 3
+    one.speak()
+    assert (holder.in_flight, recorded(client, one.line.space, [one])) == (0, 0)
+    one.line.beat()
+    one.speak()
+    assert holder.in_flight == 3
+
+
+def test_what_is_no_record_of_an_endpoint_is_as_good_as_none(client: redis.Redis) -> None:
+    (one,) = people(client, 1, Holder)
+    one.line.beat()
+    key = f"{one.line.space}:endpoint:e"
+    client.set(key, "what")
+    one.speak()
+    assert one.talker.part.held == 10  # type: ignore[attr-defined]
+    client.hset(key, "someone", "ever")
+    one.speak()
+    assert set(client.hgetall(key)) == {b"r0"}
+
+
 # --- what gateways say ------------------------------------------------------------------------------------------------
 
 
+LINE = Group(())
+
+
 def gateway() -> tuple[Queue, Sharing, Metrics]:
-    queue, metrics = Queue(QueueRules()), Metrics(10)
-    return queue, Sharing(queue, metrics, lambda: 5.0), metrics
+    metrics = Metrics(10)
+    rules = AdmissionRules()
+    admission = Admission(Pool(Catalogue()), metrics, lambda: 5.0, rules, lambda call: None, lambda below: 0)
+    return admission.queue, Sharing(admission, metrics, lambda: 5.0, lambda: None), metrics
 
 
 def test_what_a_gateway_says_another_understands() -> None:
     queue, sharing, _ = gateway()
     assert sharing.tell() == b""
     for tenant, cost, weight in (("a", 3.5, 2.0), ("ä|\n", 4.0, 1.0)):
-        assert queue.enter("line", Waiting(tenant, 0.0, 100.0, cost=cost, weight=weight), 0.0) is None
-    items = [queue.next(["line"], lambda item: True, 0.0) for _ in range(2)]
+        assert queue.enter(LINE, Waiting(tenant, 0.0, 100.0, cost=cost, weight=weight), 0.0) is None
+    items = [queue.next([LINE], lambda item: True, 0.0) for _ in range(2)]
     message = sharing.tell()
     assert b"\n" not in message
     assert items[0] is not None
     queue.settle(items[0], 1.0)
     other, hears, metrics = gateway()
-    assert other.enter("line", Waiting("z", 0.0, 100.0), 0.0) is None
+    assert other.enter(LINE, Waiting("z", 0.0, 100.0), 0.0) is None
     hears.told([message, b"what?", sharing.tell()])
-    shares = other.line("line").classes[0].shares
+    shares = other.line(LINE).classes[0].shares
     assert (shares.counter("a"), shares.counter("ä|\n")) == (1.75 + 0.5, 4.0)
     hears.missed()
     assert metrics.shares_lost == {"untold": 0, "unread": 1, "missed": 1}

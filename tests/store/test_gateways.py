@@ -79,29 +79,41 @@ async def spoken(gateway: Gateway) -> None:
 async def test_an_engine_gets_no_more_from_several_gateways_than_from_one(
     start_gateway: StartGateway, upstream: ScriptedUpstream, shared_server: Server, connect: Connect
 ) -> None:
-    """Each gives its part of what the engine may be given; what is more waits in each, and when one ends the other has
-    all of it."""
+    """A busy one has what an idle one does not need, but for the one request that this can answer at once; when both
+    are busy they have the same; and when one ends the other has all of it."""
     limits = shared(shared_server.url, requests="100/day")
     engine = serving(upstream, max_running=4)
-    gateways = [await start_gateway(engine, limits=limits) for _ in range(2)]
-    for gateway in gateways:
-        await until(lambda gateway=gateway: gateway.replica.pool.endpoints[0].most == 2, "its part is not known")
+    gateways = busy, idle = [await start_gateway(engine, limits=limits) for _ in range(2)]
+    endpoints = [gateway.replica.pool.endpoints[0] for gateway in gateways]
+    await until(lambda: [endpoint.share for endpoint in endpoints] == [1, 1], "not shared")
     gate = Gate()
     upstream.always(answer().do(gate, 0), path=CHAT)
-    clients = []
-    for turn in range(6):
-        client = await connect(gateways[turn % 2].url)
-        client.post(CHAT, chat(user=str(turn)), AUTH)
-        clients.append(client)
-    for gateway in gateways:
-        await until(lambda gateway=gateway: gateway.replica.admission.queue.count == 1, "nobody waits")
-    assert len(relayed(upstream)) == 4
+    clients: list[Any] = []
+
+    async def ask(gateway: Gateway, count: int) -> None:
+        for _ in range(count):
+            client = await connect(gateway.url)
+            client.post(CHAT, chat(user=str(len(clients))), AUTH)
+            clients.append(client)
+
+    await ask(busy, 6)
+    await until(lambda: len(relayed(upstream)) == 3, "the busy one has not what the idle one does not need")
+    await ask(idle, 4)
+    await until(lambda: idle.replica.admission.queue.count == 3, "the idle one does not answer at once")
+    for gateway in gateways * 2:
+        await spoken(gateway)
+    assert (len(relayed(upstream)), [endpoint.in_flight for endpoint in endpoints]) == (4, [3, 1])
+    opened, gate = gate, Gate()
+    upstream.always(answer().do(gate, 0), path=CHAT)
+    opened.open()
+    both = lambda: [endpoint.in_flight for endpoint in endpoints] == [2, 2] and len(relayed(upstream)) == 8  # noqa: E731
+    await until(both, "both want as much and have not")
     gate.open()
     for client in clients:
         assert (await client.response()).status == 200
-    await gateways[0].idle()
-    await gateways[0].replica.close()
-    await until(lambda: gateways[1].replica.pool.endpoints[0].most == 4, "the other's part is nobody's")
+    await busy.idle()
+    await busy.replica.close()
+    await until(lambda: endpoints[1].share == 4, "what it held is nobody's")
 
 
 @pytest.mark.parametrize("face", ["protocol"])
@@ -114,8 +126,6 @@ async def test_tenants_share_fairly_over_four_gateways(
     limits = shared(shared_server.url, requests="1000/day")
     engine, keys = serving(upstream, max_running=8), (ALICE, BOB)
     gateways = [await start_gateway(engine, limits=limits, keys=keys) for _ in range(4)]
-    for gateway in gateways:
-        await until(lambda gateway=gateway: gateway.replica.pool.endpoints[0].most == 2, "its part is not known")
     chance, clients = random.Random(3), []
 
     async def send(user: str) -> None:
@@ -259,7 +269,9 @@ async def test_a_server_that_is_not_there_at_the_start_is_a_standing(
     start_gateway: StartGateway, upstream: ScriptedUpstream
 ) -> None:
     url = f"redis://forebay:sesame@127.0.0.1:{free_port()}"
-    gateway = await start_gateway(upstream, limits=shared(url, {"timeout": "20ms", "replicas": 2}, requests="4/day"))
+    engine = serving(upstream, max_running=5)
+    gateway = await start_gateway(engine, limits=shared(url, {"timeout": "20ms", "replicas": 2}, requests="4/day"))
+    assert gateway.replica.pool.endpoints[0].share == 2, "an engine is not shared without a server"
     upstream.always(answer(), path=CHAT)
     found = [await gateway.ask(chat(user=str(turn))) for turn in range(3)]
     assert [response.status for response in found] == [200, 200, 429]

@@ -17,6 +17,7 @@ from gateway.store.protocol import Draw, Granted, Refused, Standing, Verdict
 from gateway.store.redis import Mode, RedisStore
 from tests.store.drawing import look, take
 from tests.store.servers import Deaf, Odd, Server, until
+from tests.store.test_exchange import Holder
 from tests.support.tls import AUTHORITY
 
 DRAWS = (Draw("a", rate_shape(600, 60), 1000),)
@@ -59,10 +60,12 @@ async def test_every_kind_of_url_is_a_way_in(shared_server: Server) -> None:
         async with encrypted:
             for url, ca in urls:
                 store = a_store(url, ca=ca)
+                store.join(Holder())
                 await store.start()
                 verdict = await reserve(store)
                 assert isinstance(verdict, Granted)
                 assert verdict.standing is Standing.STORE, url
+                await until(lambda store=store: store._exchange._heard, "it may not speak")
                 await store.stop()
 
 
