@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -20,6 +20,8 @@ class Catalogue:
 
     def __init__(self) -> None:
         self._models: dict[str, Model] = {}
+        self._aliases: dict[str, tuple[int, tuple[str, ...]]] = {}
+        """Names of their own: since when, and the models behind each."""
 
     def learn(self, models: Iterable[Model]) -> None:
         """Add what an engine serves; the first to tell of a name decides when it was created."""
@@ -35,10 +37,22 @@ class Catalogue:
         kept = set(names)
         self._models = {name: model for name, model in self._models.items() if name in kept}
 
+    def publish(self, aliases: Mapping[str, tuple[str, ...]], created: int) -> None:
+        """Take the names that stand for other models, all there are; one that was there keeps its date."""
+        known = self._aliases
+        self._aliases = {name: (known.get(name, (created,))[0], behind) for name, behind in aliases.items()}
+
     def resolve(self, name: str) -> Model | None:
-        """Return the model behind a public name."""
-        return self._models.get(name)
+        """Return what a public name is: a model, or a name that stands for several and promises what all of them do."""
+        known, alias = self._models.get(name), self._aliases.get(name)
+        if alias is None or (known is not None and alias[1] == (name,)):
+            return known
+        created, behind = alias
+        lengths = [known.max_model_len for known in map(self._models.get, behind) if known is not None]
+        told = [length for length in lengths if length is not None]
+        return Model(name, created, min(told) if told and len(told) == len(behind) else None)
 
     def list(self) -> list[Model]:
-        """Return every model, by name."""
-        return [self._models[name] for name in sorted(self._models)]
+        """Return every public name."""
+        names = sorted(self._models.keys() | self._aliases.keys())
+        return [model for model in map(self.resolve, names) if model is not None]

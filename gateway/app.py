@@ -39,6 +39,7 @@ from gateway.limits import declared
 from gateway.listener import Listener, ListenError, bind, bind_unix
 from gateway.log import Log
 from gateway.metrics import Metrics
+from gateway.models import aliases, published
 from gateway.policy.breaker import BreakerRules
 from gateway.policy.concurrency import ConcurrencyRules, Targets
 from gateway.policy.queue import QueueRules
@@ -100,6 +101,7 @@ class Replica:
         self.metrics = Metrics(settings.metrics.max_label_values)
         self.deadlines = Deadlines(clock)
         self.pool = Pool(Catalogue(), health_rules(settings))
+        self.pool.catalogue.publish(aliases(settings.models), wall() // 1_000_000)
         self.admission = Admission(self.pool, self.metrics, clock, admission_rules(settings), _soon, draw or _draw)
         self.metrics.queue = self.admission.waiting
         self.metrics.capacity = self.pool.capacity
@@ -329,6 +331,7 @@ class Replica:
             protocol.rules = rules
         self.settings = settings
         self.edge.rules = edge_rules(settings)
+        self.pool.catalogue.publish(aliases(settings.models), int(time.time()))
         self.pool.judge_by(health_rules(settings))
         self.admission.configure(admission_rules(settings))
         self.watcher.interval = settings.discovery.interval
@@ -480,6 +483,7 @@ def edge_rules(settings: Settings) -> EdgeRules:
             response=bounds.response,
             event=bounds.event,
         ),
+        models=published(settings.models),
     )
 
 
@@ -504,6 +508,7 @@ def endpoint_spec(upstream: Upstream) -> EndpointSpec:
         minder=_minder_at(upstream),
         pool=upstream.pool or "",
         max_running=upstream.max_running,
+        device=upstream.device or "",
     )
 
 

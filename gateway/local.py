@@ -542,6 +542,7 @@ def replica_environment(plan: Plan, specs: Sequence[LaunchSpec], controls: Seque
             {"url": str(spec.address), "engine": spec.kind, "name": spec.name, "minder": f"unix:{control}"}
             | ({"api_key": spec.api_key} if spec.api_key else {})
             | ({"pool": pools[spec.name]} if spec.name in pools else {})
+            | {"device": spec.device.value}
             for spec, control in zip(specs, controls, strict=True)
         ),
     ]

@@ -61,6 +61,17 @@ class ModelSeries:
         self.in_flight = 0
 
 
+class ServedSeries:
+    """What is counted of a name for one of the models that serve it."""
+
+    __slots__ = ("outcomes", "ttft")
+
+    def __init__(self) -> None:
+        self.outcomes: dict[tuple[str, str], int] = {}
+        """By how it came to that model, and how the request ended."""
+        self.ttft = Histogram(SECONDS)
+
+
 class TenantSeries:
     """What is counted of one model for one tenant."""
 
@@ -81,6 +92,7 @@ class Metrics:
         self._tenants: set[str] = set()
         self._models: dict[str, ModelSeries] = {}
         self._series: dict[tuple[str, str], TenantSeries] = {}
+        self._served: dict[tuple[str, str], ServedSeries] = {}
         self._upstream_errors: dict[tuple[str, str], int] = {}
         self._endpoints: dict[str, tuple[bool, int]] = {}
         self._ejections: dict[str, int] = {}
@@ -135,6 +147,17 @@ class Metrics:
                 self._tenants.add(tenant)
             series = self._series.setdefault((model, tenant), TenantSeries())
         return series
+
+    def served(self, model: str, served: str, via: str, outcome: str, first: float | None) -> None:
+        """Count a request for a name that stands for several models: which served it, how it came to that, how it
+        ended and after how many seconds its first event came."""
+        series = self._served.get((model, served))
+        if series is None:
+            pair = (model, served) if len(self._served) < self._max else (OTHER, OTHER)
+            series = self._served.setdefault(pair, ServedSeries())
+        if first is not None:
+            series.ttft.observe(first)
+        series.outcomes[via, outcome] = series.outcomes.get((via, outcome), 0) + 1
 
     def upstream_failed(self, endpoint: str, reason: str) -> None:
         """Count a failed attempt; both come from closed sets (configuration, ``Cause``)."""
@@ -318,6 +341,23 @@ class Metrics:
             duration.add_metric([model], series.duration.buckets(), series.duration.total)
             in_flight.add_metric([model], series.in_flight)
         yield from (ttft, gap, duration, in_flight)
+        yield from self._collect_served()
+
+    def _collect_served(self) -> Iterator[Metric]:
+        """What serves the names that stand for several models."""
+        requests = CounterMetricFamily(
+            "forebay_served_requests",
+            "Requests for names that stand for several models, by the model that served",
+            labels=["model", "served", "via", "outcome"],
+        )
+        ttft = HistogramMetricFamily(
+            "forebay_served_ttft_seconds", "Time to their first event or byte", labels=["model", "served"]
+        )
+        for (model, served), series in list(self._served.items()):
+            for (via, outcome), count in list(series.outcomes.items()):
+                requests.add_metric([model, served, via, outcome], count)
+            ttft.add_metric([model, served], series.ttft.buckets(), series.ttft.total)
+        yield from (requests, ttft)
 
     def _collect_upstreams(self) -> Iterator[Metric]:
         errors = CounterMetricFamily(

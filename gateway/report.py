@@ -146,7 +146,10 @@ def _sentence(*parts: object) -> str:
 
 def _asked(asked: dict[str, Any]) -> str:
     version = asked["version"] and f"version {asked['version']}"
-    return _sentence(asked["path"], asked["model"], version, asked["stream"] and "streamed")
+    # A gateway of an older release tells of neither.
+    served, via = asked.get("served", ""), asked.get("via", "")
+    by = served and f"served by {served}{f' ({via})' if via else ''}"
+    return _sentence(asked["path"], asked["model"], version, by, asked["stream"] and "streamed")
 
 
 def _who(who: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ from engines.minder import Address
 from engines.registry import ENGINES
 from engines.simulation.profiles import PROFILES
 from gateway.limits import Limits, LimitSet
+from gateway.models import PublicModel, problems_with
 from gateway.values import (
     KIB,
     MIB,
@@ -204,6 +205,8 @@ class Upstream(Section):
     max_running: Count | None = None
     """Requests it is given at once at most, by all gateways that share limits, whatever is learnt of it; more wait
     here, or go to another engine."""
+    device: Literal["cpu", "cuda", "ascend"] | None = None
+    """What it computes on, for routes that name a device (`models`)."""
     minder: UpstreamUrl | None = None
     """Control port of the agent beside it, unix:/path or http://host:port: it can then be drained and restarted."""
     minder_port: Port | None = None
@@ -584,6 +587,8 @@ class Settings(Described, BaseSettings):
     """Engines that already run."""
     engines: tuple[LocalEngine, ...] = ()
     """Engines to run on this machine."""
+    models: dict[Name, PublicModel] = {}
+    """What public names stand for beyond the model of that name: shares of several, others to fall back on."""
     timeouts: Timeouts = Timeouts()
     """How long to wait for each step of a request."""
     limits: Limits = Limits()
@@ -645,6 +650,17 @@ def _repeated(values: Iterable[Hashable]) -> set[Hashable]:
     return {value for value, count in Counter(values).items() if count > 1}
 
 
+def _served_names(settings: Settings) -> list[str] | None:
+    """Every model that engines will serve, None where engines are asked which."""
+    if settings.engines or not settings.upstreams or any(upstream.models is None for upstream in settings.upstreams):
+        return None
+    return [name for upstream in settings.upstreams for name in upstream.models or ()]
+
+
+def _devices(settings: Settings) -> list[str | None]:
+    return [*(upstream.device for upstream in settings.upstreams), *(engine.device for engine in settings.engines)]
+
+
 def _cross_field_problems(settings: Settings) -> Iterator[str]:
     """What no section can see alone. Reads no file: keys kept elsewhere are compared by `_key_problems`."""
     listen, admin = settings.listen, settings.admin
@@ -655,6 +671,7 @@ def _cross_field_problems(settings: Settings) -> Iterator[str]:
             yield f"engines[{index}].port: is the gateway's own port {engine.port}; leave it out or take another"
     if settings.media.hosts and settings.media.remote == "off":
         yield "media.hosts: has no effect while media.remote is off; take it out or write remote: engine"
+    yield from problems_with(settings.models, _served_names(settings), _devices(settings))
     names: dict[str, list[Hashable]] = {
         "keys[{}].name": [key.name for key in settings.keys],
         "keys[{}].sha256": [key.sha256 and key.sha256.lower() for key in settings.keys],

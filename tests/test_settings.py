@@ -202,7 +202,7 @@ def test_the_example_with_everything_switched_on_is_valid_and_complete() -> None
     free_names = re.compile(r"upstreams\.models\.|media\.paths\.|engines\.environment\.|engines\.adapters\.at_start\.")
     shown = {path for path in _paths_of_tree(tree) if not free_names.match(path)}
     # Names that are free to choose, and sets of limits, which are all alike: one is shown at length.
-    named = re.compile(r"^(limits\.(?:tenants|organisations|models|pools))\.[^.]+(\.|$)")
+    named = re.compile(r"^(limits\.(?:tenants|organisations|models|pools)|models)\.[^.]+(\.|$)")
     shown = {named.sub(r"\1\2", path) for path in shown}
     declared = set(_paths_of_model(Settings))
     # Of places for a secret outside of lists only one can be switched on; the others are named beside it.
@@ -369,6 +369,39 @@ def test_a_key_with_two_letters_swapped_is_recognised(data: st.DataObject) -> No
         ({"listen": {"port": 70000}}, "listen.port: should be less than or equal to 65535"),
         ({"keys": [{"name": "a", "sha256": "abc"}]}, "keys[0].sha256: should be 64 hexadecimal digits; type: printf"),
         ({"keys": [{"name": "a", "key": "k", "models": ["a*b"]}]}, "keys[0].models[0]: should be a model name, or"),
+        ({"models": {"a": {}}}, "models.a: says nothing; write routes or fallback"),
+        ({"models": {"a": {"fallback": ["a"]}}}, "models.a.fallback: falls back on itself"),
+        ({"models": {"a": {"fallback": ["b", "b"]}}}, "models.a: fallback: one of them is there twice"),
+        ({"models": {"a": {"fallback": list("bcdef")}}}, "models.a.fallback: tuple should have at most 4 items"),
+        ({"models": {"a": {"routes": [{"model": "b", "weight": 0}]}}}, "models.a: routes: all weigh 0"),
+        ({"models": {"a": {"routes": [{"model": "b", "weight": -1}]}}}, "models.a.routes[0].weight: should be greater"),
+        ({"models": {"a": {"routes": [{"model": "b"}, {"model": "b"}]}}}, "models.a: routes: one of them is there"),
+        (
+            {"models": {"a": {"route": [], "fallback": ["b"]}}},
+            "models.a.route: unknown key; did you mean models.a.routes",
+        ),
+        (
+            {"engines": [{"name": "e"}], "models": {"a": {"routes": [{"model": "b", "device": "cuda"}]}}},
+            "models.a.routes[0].device: no upstream has device: cuda",
+        ),
+        (
+            {"models": {"a": {"routes": [{"model": "b"}]}, "b": {"routes": [{"model": "c"}]}}},
+            "models.a.routes[0].model: 'b' has routes of its own; name a model that engines serve",
+        ),
+        (
+            {
+                "upstreams": [{"url": "http://a", "models": {"large": "x"}}],
+                "models": {"a": {"routes": [{"model": "large"}], "fallback": ["lagre"]}},
+            },
+            "models.a.fallback[0]: no upstream serves it; did you mean large?",
+        ),
+        (
+            {
+                "upstreams": [{"url": "http://a", "models": {"large": "x"}}],
+                "models": {"larg": {"fallback": ["large"]}},
+            },
+            "models.larg: no upstream serves it; did you mean large?",
+        ),
         ({"keys": [{"name": "a\n", "key": "k"}]}, "keys[0].name: should be a name of 1 to 200 printable"),
         ({"upstreams": [{"url": "http://a", "models": {"x" * 201: "y"}}]}, "upstreams[0].models."),
     ],

@@ -23,9 +23,10 @@ _MEDIA = (b"url", b"data", b"\\u")
 
 
 def fit_context(
-    asked: Asked, route: Route, caps: Caps, pool: Pool, body_bytes: int
+    asked: Asked, model: str, route: Route, caps: Caps, pool: Pool, body_bytes: int
 ) -> Generator[Pending, Any, Refusal | None]:
-    """Refuse a request that needs more context than its key may use; where no output limit is stated, set one."""
+    """Refuse a request that needs more context than its key may use; where no output limit is stated, set one.
+    ``model``: the one that will serve it."""
     cap = caps.context
     if cap is None:
         return None
@@ -37,7 +38,7 @@ def fit_context(
     # Where no limit is stated the answer gets what is left: a bound that leaves little of it is not good enough.
     bound = cap // 4 if stated is None and writes else cap - output
     if prompt > bound or _holds_media(asked, route):
-        counted = yield Pending(count_tokens(pool, asked.model, route.path, asked.fields, bound))
+        counted = yield Pending(count_tokens(pool, model, route.path, asked.fields, bound))
         if counted is Uncounted.NOT_NOW:
             told = "The prompt cannot be counted now, and this key's context is capped. Try again shortly."
             return Refusal(Kind.NO_ENGINE, told, retry_after=1.0)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from engines.protocol import Fields
 from gateway.api.auth import Authenticator, Networks, client_address, may_use, network_of
 from gateway.api.context import fit_context
 from gateway.api.media import MediaRules
@@ -26,9 +27,13 @@ from gateway.errors import SHUTTING_DOWN, Kind, Refusal, no_model
 from gateway.headers import EXPOSE, JSON, Header
 from gateway.log import Log
 from gateway.metrics import Metrics
+from gateway.models import Published
+from gateway.policy.queue import Rejected
+from gateway.policy.split import Arm
 from gateway.serving.admission import Admission, slow_down
 from gateway.serving.deadlines import Deadlines
 from gateway.serving.dialect import Route
+from gateway.serving.jobs import subject_of
 from gateway.serving.limiter import Facts, Hold, Limiter, Plan, read_facts, who_asks
 from gateway.serving.pending import Pending
 from gateway.serving.pool import Pool
@@ -56,6 +61,8 @@ class EdgeRules:
     trusted_proxies: Networks = ()
     media: MediaRules = field(default_factory=MediaRules)
     relay: RelayLimits = field(default_factory=RelayLimits)
+    models: Mapping[str, Published] = field(default_factory=dict)
+    """The names that something is said of beyond the model of that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +218,14 @@ class Edge:
             self.refuse(request, asked, client)
             return
         refusal = self._resolve(asked, request)
+        lineup = self.lineup(asked.model, asked.fields, who, ticket.client) if rules.models else ()
+        model = lineup[0].model if lineup else asked.model
         if refusal is None and who.caps.context is not None:
-            refusal = yield from fit_context(asked, request.route, who.caps, self.pool, len(body))
+            refusal = yield from fit_context(asked, model, request.route, who.caps, self.pool, len(body))
         if refusal is not None:
             self.refuse(request, refusal, client)
             return
-        hold = yield from self._admit(asked, request, body)
+        hold = yield from self._admit(asked, request, body, lineup)
         if isinstance(hold, Refusal):
             self.refuse(request, hold, client)
             return
@@ -230,7 +239,10 @@ class Edge:
             hide_usage=not asked.wants_usage,
             cache_salt=who.trust_domain,
             terms=terms_of(request, asked),
+            lineup=lineup,
         )
+        if lineup:
+            ticket.served, ticket.via = model, "route" if model != asked.model else ""
         ticket.serve(asked.model, asked.stream)
         relay = Relay(
             order, ticket, client, self.admission, self.deadlines, rules.relay, self.metrics, self._done(request)
@@ -240,32 +252,61 @@ class Edge:
         self._policy_time.observe(now - began)
         relay.start(now)
 
-    def _admit(self, asked: Asked, request: Request, body: bytes) -> Generator[Pending, Any, Hold | Refusal]:
+    def lineup(self, model: str, fields: Fields, who: KeyRecord, client: str) -> tuple[Arm, ...]:
+        """Return the models that may serve a name: the one that it stands for, and others to fall back on. Empty: the
+        one of that name."""
+        public = self.rules.models.get(model)
+        if public is None:
+            return ()
+        arm = public.arms[0]
+        if public.split is not None:
+            arm = public.pick(subject_of(fields, public.by_session, who.public_id or network_of(client)))
+        others = (other for other in public.fallback if other != arm and may_use(who, other.model))
+        return (arm, *others)
+
+    def _admit(
+        self, asked: Asked, request: Request, body: bytes, lineup: tuple[Arm, ...]
+    ) -> Generator[Pending, Any, Hold | Refusal]:
         """Reserve what the request will need of every limit it falls under."""
-        plan = self.plan(request.who, asked.model, request.ticket.client)
+        plan = self.plan(request.who, asked.model, request.ticket.client, lineup)
         request.ticket.organisation = plan.organisation
         facts = read_facts(
             request.route, asked.model, asked.fields, asked.max_tokens, len(body), asked.media, request.first
         )
         if self.admission.queue.count:
-            refusal = self._look(plan, facts, request, asked)
+            refusal = self._look(plan, facts, request, asked, lineup)
             if refusal is not None:
                 return refusal
         return (yield from self.limiter.admit(plan, facts, partial(who_asks, plan, body)))
 
-    def _look(self, plan: Plan, facts: Facts, request: Request, asked: Asked) -> Refusal | None:
+    def _look(
+        self, plan: Plan, facts: Facts, request: Request, asked: Asked, lineup: tuple[Arm, ...]
+    ) -> Refusal | None:
         """Refuse at once whom the queue would refuse, before anything is reserved."""
-        group = self.pool.group(asked.model, request.route.path, request.who.trust_domain is not None)
         now = self.deadlines.clock()
         size = self.limiter.estimate(plan, facts)
         terms = terms_of(request, asked)
         item = self.admission.place(request.ticket, terms, plan.weight, (size.prompt, size.output), now, None)
-        rejected = self.admission.look(group, item, now)
-        return slow_down(rejected, asked.model, 0.0) if rejected is not None else None
+        path, salted = request.route.path, request.who.trust_domain is not None
+        first: Rejected | None = None
+        for arm in lineup or (Arm(asked.model),):
+            group = self.pool.group(arm.model, path, salted, arm.device)
+            if first is not None and not self.admission.hopeful(group, ()):
+                continue
+            rejected = self.admission.look(group, item, now)
+            if rejected is None:
+                return None
+            first = first or rejected
+        return slow_down(first, asked.model, 0.0) if first is not None else None
 
-    def plan(self, who: KeyRecord, model: str, client: str) -> Plan:
-        """Return what a key falls under on a model; without a key, what its client's address does."""
-        return self.limiter.plan(who, model, self.pool.pool_of(model), "" if who.public_id else network_of(client))
+    def plan(self, who: KeyRecord, model: str, client: str, lineup: Sequence[Arm] = ()) -> Plan:
+        """Return what a key falls under on a model; without a key, what its client's address does. ``lineup``: the
+        models that may serve a name that stands for others."""
+        named = model
+        if lineup:
+            model = lineup[0].model
+            named = self.limiter.counts_as(named, model)
+        return self.limiter.plan(who, named, self.pool.pool_of(model), "" if who.public_id else network_of(client))
 
     def _resolve(self, asked: Asked, request: Request) -> Refusal | None:
         if self.pool.catalogue.resolve(asked.model) is None:

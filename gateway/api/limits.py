@@ -36,7 +36,7 @@ async def explain_limits(
             )
             raise Refused(Refusal(Kind.NOT_FOUND, f"{told} `forebay keys list` shows them.", "key"))
         (who,) = found
-    plan = edge.plan(who, model, client)
+    plan = edge.plan(who, model, client, edge.lineup(model, {}, who, client))
     limits = [_describe(limit, bucket) for limit, bucket in await edge.limiter.explain(plan)]
     return {
         "object": "list",

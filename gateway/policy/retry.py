@@ -33,6 +33,8 @@ class Next(enum.Enum):
 
     SAME = "same"
     ELSEWHERE = "elsewhere"
+    FALL_BACK = "fall_back"
+    """Another model, where there is one to fall back on."""
     GIVE_UP = "give_up"
 
 
@@ -53,8 +55,9 @@ BROKEN_RETRIES = 1
 """How many more engines are offered a request that an engine broke over: one that kills engines must not kill all."""
 
 
-def decide(cause: Cause, attempts: int, retries: int, *, replayed: bool) -> Next:
-    """Return what follows ``attempts`` failed ones when ``retries`` more are allowed.
+def decide(cause: Cause, attempts: int, retries: int, *, replayed: bool, others: bool = False) -> Next:
+    """Return what follows ``attempts`` failed ones when ``retries`` more are allowed. ``others``: there are models to
+    fall back on; each of these is asked once when no more attempt is allowed.
 
     A stale connection costs no attempt, but ``replayed`` tells that it happened before: then it counts as broken.
     """
@@ -64,7 +67,7 @@ def decide(cause: Cause, attempts: int, retries: int, *, replayed: bool) -> Next
         retries = min(retries, BROKEN_RETRIES)
     then = _TABLE[cause]
     if then is Next.ELSEWHERE and attempts > retries:
-        return Next.GIVE_UP
+        return Next.FALL_BACK if others else Next.GIVE_UP
     return then
 
 

@@ -31,13 +31,13 @@ class Ring:
 
     def home(self, session: int) -> int:
         """Return the place of a session's home; ``session`` is any whole number but a hash that processes agree on."""
-        at = bisect_right(self._points, _mixed(session))
+        at = bisect_right(self._points, mixed(session))
         return self._owners[at if at < len(self._owners) else 0]
 
     def homes(self, session: int) -> Iterator[int]:
         """Yield the places a session is at home in, best first: where it goes when those before it are away."""
         owners = self._owners
-        start = bisect_right(self._points, _mixed(session)) - len(owners)
+        start = bisect_right(self._points, mixed(session)) - len(owners)
         first = owners[start]
         yield first
         seen = {first}
@@ -48,7 +48,7 @@ class Ring:
                 yield place
 
 
-def _mixed(session: int) -> int:
+def mixed(session: int) -> int:
     """Return 64 bits that are evenly spread even where sessions are counted up (splitmix64)."""
     mixed = (session + 0x9E3779B97F4A7C15) & _WHOLE
     mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & _WHOLE

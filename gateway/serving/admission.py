@@ -147,6 +147,11 @@ class Admission:
         """Whether it is any use to wait: an endpoint is there that is only busy."""
         return any(one.healthy and not one.holds for one in group.endpoints if one not in tried)
 
+    @staticmethod
+    def sound(group: Group, tried: Collection[Endpoint], now: float) -> bool:
+        """Whether an endpoint is there that nothing speaks against, busy or not."""
+        return any(one.healthy and not one.holds and one.trusted(now) for one in group.endpoints if one not in tried)
+
     def asked(self) -> None:
         """Count a request: what retries are allowed is a share of these."""
         self._requests += 1

@@ -78,6 +78,8 @@ class Detail(msgspec.Struct, omit_defaults=True):
     events: int = 0
     bytes_in: int = 0
     error: str = ""
+    via: str = ""
+    """How it came to the model that served it: `route` or `fallback`; empty: by its own name."""
     refused_by: str = ""
     buckets: msgspec.Raw = _NO_BUCKETS
     """Those of the limits: of each its name and what it counts. Made once for many rows, so amounts are beside it."""
@@ -134,6 +136,7 @@ def row_of(ticket: Ticket, now: float) -> UsageRow:
         to_ms(end - ticket.started),
         ticket.attempts,
         _encode(_detail(ticket, outcome, end)).decode(),
+        ticket.served,
     )
 
 
@@ -147,6 +150,7 @@ def _detail(ticket: Ticket, outcome: str, end: float) -> Detail:
         ticket.events,
         ticket.bytes_in,
         ticket.error[:MAX_TEXT],
+        ticket.via,
         ticket.refused_by,
         charges.plan.named if charges is not None else _NO_BUCKETS,
         charges.reserved if charges is not None else (),
@@ -223,6 +227,8 @@ def explanation(row: UsageRow, source: str) -> dict[str, Any]:
             "path": row.path,
             "model": row.model,
             "version": row.version,
+            "served": row.served,
+            "via": detail.via,
             "stream": detail.stream,
             "bytes_in": detail.bytes_in,
         },

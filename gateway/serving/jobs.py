@@ -28,6 +28,16 @@ def job_of(fields: Fields, model: str, salt: str | None, size: tuple[int, int], 
     return Job(*size, _blocks(fields, model, salt), session)
 
 
+def subject_of(fields: Fields, by_session: bool, key: str) -> int:
+    """Return whose request it is, where models share a name: its session's if asked for and told, else its key's."""
+    if by_session:
+        for name in ("prompt_cache_key", "user"):
+            told = fields.get(name)
+            if told is not None and bytes(told) != _NULL:
+                return zlib.crc32(told)
+    return zlib.crc32(key.encode())
+
+
 def _blocks(fields: Fields, model: str, salt: str | None) -> tuple[int, ...]:
     """Return the blocks of what a body says, as bytes: equal beginnings of prompts begin equally there too."""
     parts: list[msgspec.Raw] = []

@@ -18,7 +18,7 @@ import msgspec
 
 from engines.protocol import Fields
 from gateway.errors import Refusal
-from gateway.limits import Asker, Declared, applying, organisation_of, prices_of, weight_of, weights_of
+from gateway.limits import Asker, Declared, applying, model_limits, organisation_of, prices_of, weight_of, weights_of
 from gateway.metrics import Metrics
 from gateway.policy.estimate import Estimator, Learned
 from gateway.policy.limits import FREE, UNIT, Counts, Limit, Rates, Size, amounts
@@ -246,15 +246,26 @@ class Limiter:
         self._clock = clock
         self._plans: dict[tuple[str, str, str, str], Plan] = {}
         self._shapes: dict[Shape, Shape] = {}
+        self._declared_for: dict[str, bool] = {}
         self._estimator = Estimator()
 
     def configure(self, known: Declared) -> None:
         """Take other declarations. What is in the buckets stays, by their names."""
         self.known = known
+        self._declared_for.clear()
         self._plans.clear()
         self._shapes.clear()
 
     # --- before -----------------------------------------------------------------------------------------------------
+
+    def counts_as(self, name: str, model: str) -> str:
+        """Return which model's limits and prices hold for a name that stands for others: its own, where anything is
+        said of it, else those of the ``model`` it stands for."""
+        declared = self._declared_for.get(name)
+        if declared is None:
+            # Names of the configuration: bounded.
+            declared = self._declared_for[name] = model_limits(self.known.limits, name)[1] is not None
+        return name if declared else model
 
     def plan(self, who: KeyRecord, model: str, pool: str, address: str) -> Plan:
         """Return what applies to a request."""

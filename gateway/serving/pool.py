@@ -57,6 +57,8 @@ class EndpointSpec:
     max_connections: int = 1024
     minder: MinderAt | None = None
     pool: str = ""
+    device: str = ""
+    """What it computes on; empty: not told."""
     max_running: int | None = None
     """Requests it may be given at once, whatever is learnt of it."""
 
@@ -303,7 +305,7 @@ class Pool:
         self._rules = rules or HealthRules()
         self.endpoints: list[Endpoint] = []
         self._by_model: dict[str, tuple[Endpoint, ...]] = {}
-        self._able: dict[tuple[str, str, bool], Group] = {}
+        self._able: dict[tuple[str, str, bool, str], Group] = {}
         self._groups: dict[tuple[Endpoint, ...], Group] = {}
         self._turn = 0
         self.gives = ConcurrencyRules()
@@ -402,13 +404,18 @@ class Pool:
         """
         return self.group(model, path, salted).endpoints
 
-    def group(self, model: str, path: str, salted: bool = False) -> Group:
-        """Return the same as a group: one for all models that the same endpoints serve."""
-        group = self._able.get((model, path, salted))
+    def group(self, model: str, path: str, salted: bool = False, device: str = "") -> Group:
+        """Return the same as a group: one for all models that the same endpoints serve. ``device`` not empty: of those
+        on such a device alone."""
+        group = self._able.get((model, path, salted, device))
         if group is None:
             serving = self._by_model.get(model, ())
-            able = tuple(endpoint for endpoint in serving if endpoint.offers(model, path, salted))
-            group = self._able[model, path, salted] = self.group_of(able)
+            able = tuple(
+                endpoint
+                for endpoint in serving
+                if endpoint.offers(model, path, salted) and device in ("", endpoint.spec.device)
+            )
+            group = self._able[model, path, salted, device] = self.group_of(able)
         return group
 
     def group_of(self, endpoints: tuple[Endpoint, ...]) -> Group:

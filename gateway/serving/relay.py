@@ -23,11 +23,12 @@ import msgspec
 
 from engines.protocol import Dispatch, EngineError, Fault, Fields
 from gateway.errors import SHUTTING_DOWN, Kind, Refusal
-from gateway.headers import EXPOSE, JSON
+from gateway.headers import EXPOSE, JSON, model_line
 from gateway.metrics import Metrics
 from gateway.policy.queue import Rejected, Waiting, Why
 from gateway.policy.retry import Cause, Next, decide
 from gateway.policy.routing import Job
+from gateway.policy.split import Arm
 from gateway.serving.admission import USUAL, Admission, Terms, slow_down
 from gateway.serving.answer import AnswerError, read_answer
 from gateway.serving.deadlines import NEVER, Deadlines
@@ -106,6 +107,8 @@ class Order(msgspec.Struct, frozen=True, gc=False):
     cache_salt: str | None = None
     terms: Terms = USUAL
     """On what terms it waits, where it must."""
+    lineup: tuple[Arm, ...] = ()
+    """The models that may serve it, the first one first; none: the one it names, and no other."""
 
 
 class Relay:
@@ -122,6 +125,7 @@ class Relay:
         "_connected",
         "_connection",
         "_deadlines",
+        "_device",
         "_endpoint",
         "_failure",
         "_job",
@@ -129,6 +133,7 @@ class Relay:
         "_limits",
         "_meter",
         "_metrics",
+        "_model",
         "_on_done",
         "_order",
         "_paused",
@@ -137,6 +142,7 @@ class Relay:
         "_prefill",
         "_prompt",
         "_replayed",
+        "_rest",
         "_sse",
         "_state",
         "_status",
@@ -170,6 +176,11 @@ class Relay:
         self._limits = limits
         self._metrics = metrics
         self._on_done = on_done
+        self._model, self._device = order.model, ""
+        self._rest = order.lineup[1:]
+        """The models to fall back on that are left."""
+        if order.lineup:
+            self._model, self._device = order.lineup[0].model, order.lineup[0].device
         self._state = WAITING
         self._committed = False
         self._endpoint: Endpoint | None = None
@@ -217,6 +228,9 @@ class Relay:
         """Try the next endpoint; ``failure`` is what the last one brought and what the client gets if none is left.
         ``turn``: it has waited for it."""
         group = self._group()
+        if self._rest and not self._admission.sound(group, self._tried, now) and self._fall_back(now, sound=True):
+            self._attempt(now, failure)
+            return
         job = self._measured(group)
         choice = self._admission.choose(group, self._tried, job, now, turn=turn)
         if choice is not None:
@@ -230,12 +244,29 @@ class Relay:
             self._send(endpoint, now, fresh=False)
         elif self._admission.hopeful(group, self._tried):
             self._wait(group, now, failure)
+        elif self._rest and self._fall_back(now):
+            self._attempt(now, failure)
         else:
             self._fail(failure or self._no_engine(), now)
 
     def _group(self) -> Group:
         order = self._order
-        return self._pool.group(order.model, order.route.path, order.cache_salt is not None)
+        return self._pool.group(self._model, order.route.path, order.cache_salt is not None, self._device)
+
+    def _fall_back(self, now: float, *, sound: bool = False) -> bool:
+        """Go on with the next model that an engine may serve now (``sound``: one that nothing speaks against); tell
+        whether there is one."""
+        before = self._model, self._device, self._rest
+        while self._rest:
+            self._model, self._device, self._rest = self._rest[0].model, self._rest[0].device, self._rest[1:]
+            group = self._group()
+            able = self._admission.sound(group, self._tried, now) if sound else None
+            if able or (able is None and self._admission.hopeful(group, self._tried)):
+                self._job = None
+                self._ticket.served, self._ticket.via = self._model, "fallback"
+                return True
+        self._model, self._device, self._rest = before
+        return False
 
     def _size(self) -> tuple[int, int]:
         """Return the tokens that its prompt and its answers are estimated at."""
@@ -249,7 +280,7 @@ class Relay:
         job = self._job
         if job is None:
             order = self._order
-            job = job_of(order.fields, order.model, order.cache_salt, self._size(), chosen=group.chosen)
+            job = job_of(order.fields, self._model, order.cache_salt, self._size(), chosen=group.chosen)
             self._job = job
         return job
 
@@ -283,12 +314,15 @@ class Relay:
         hold = self._ticket.hold
         weight = hold.weight if hold is not None else 1.0
         item = self._admission.place(self._ticket, self._order.terms, weight, self._size(), now, self)
-        if failure is not None:
+        if failure is not None or self._charged is not None:
             # What it costs its tenant was charged with its first turn.
             item.cost = 0.0
         rejected = self._admission.enter(waits_for, item, now)
         if rejected is not None:
-            self._fail(failure or slow_down(rejected, self._order.model, 0.0), now)
+            if self._rest and self._fall_back(now):
+                self._attempt(now, failure)
+            else:
+                self._fail(failure or slow_down(rejected, self._order.model, 0.0), now)
             return
         self._turn = item
         self._rearm()
@@ -308,7 +342,12 @@ class Relay:
 
     def on_displaced(self, rejected: Rejected, now: float) -> None:
         """Take that it has to make room for another."""
-        self._refuse_turn(rejected, now)
+        if self._rest and self._fall_back(now):
+            assert self._turn is not None
+            self._ticket.waited += now - self._turn.arrived
+            self._attempt(now, self._failure)
+        else:
+            self._refuse_turn(rejected, now)
 
     def on_regroup(self, now: float) -> None:
         """Take that other endpoints serve its model: it is in no line any more."""
@@ -317,6 +356,8 @@ class Relay:
         group = self._group()
         if self._admission.hopeful(group, self._tried):
             self._wait(group, now, self._failure)
+        elif self._rest and self._fall_back(now):
+            self._attempt(now, self._failure)
         else:
             self._fail(self._failure or self._no_engine(), now)
 
@@ -329,7 +370,7 @@ class Relay:
     def _send(self, endpoint: Endpoint, now: float, *, fresh: bool) -> None:
         order, ticket = self._order, self._ticket
         ticket.attempts += 1
-        dispatch = Dispatch(endpoint.models[order.model], order.ask_usage, order.cache_salt)
+        dispatch = Dispatch(endpoint.models[self._model], order.ask_usage, order.cache_salt)
         body = endpoint.engine.prepare(order.route.path, dict(order.fields), dispatch)
         head = endpoint.request_head(order.route.path)
         payload = b"%b%b\r\ncontent-length: %d\r\n\r\n%b" % (head, ticket.request_id.encode("ascii"), len(body), body)
@@ -344,9 +385,9 @@ class Relay:
         self._rearm()
 
     def _no_engine(self) -> Refusal:
-        serving = self._pool.serving(self._order.model)
+        serving = self._pool.serving(self._model)
         path = self._order.route.path
-        able = self._pool.able(self._order.model, path, self._order.cache_salt is not None)
+        able = self._pool.able(self._model, path, self._order.cache_salt is not None)
         if serving and not able:
             message = f"No engine that serves {self._order.model!r} offers {path}."
             return Refusal(Kind.UNSUPPORTED, message, "model")
@@ -513,8 +554,9 @@ class Relay:
         self._judge(endpoint, cause, now)
         then = Next.GIVE_UP
         if self._state == WAITING:
-            then = decide(cause, len(self._tried), self._limits.retries, replayed=self._replayed)
-            if then is Next.ELSEWHERE and not self._admission.may_retry(now):
+            retries, others = self._limits.retries, bool(self._rest)
+            then = decide(cause, len(self._tried), retries, replayed=self._replayed, others=others)
+            if then in _AGAIN and not self._admission.may_retry(now):
                 then = Next.GIVE_UP
         if then is Next.SAME:
             self._replayed = True
@@ -523,7 +565,7 @@ class Relay:
             self._send(endpoint, now, fresh=True)
             return
         self._give_back()
-        if then is Next.ELSEWHERE:
+        if then is Next.ELSEWHERE or (then is Next.FALL_BACK and self._fall_back(now)):
             self._attempt(now, refusal)
         else:
             self._fail(refusal, now)
@@ -713,12 +755,18 @@ class Relay:
 
     def _headers(self, now: float, *, stream: bool = True) -> bytes:
         ticket = self._ticket
+        more = ticket.hold.headers if ticket.hold is not None else b""
+        if self._order.lineup:
+            more += model_line(self._model)
         return (_STREAM_HEAD if stream else _WHOLE_HEAD) % (
             ticket.request_id.encode("ascii"),
             int((now - ticket.started) * 1000),
-            ticket.hold.headers if ticket.hold is not None else b"",
+            more,
         )
 
+
+_AGAIN = (Next.ELSEWHERE, Next.FALL_BACK)
+"""What comes out of the budget of retries."""
 
 _ENGINES_FAULT = frozenset({Cause.BROKEN, Cause.SLOW, Cause.CREDENTIALS, Cause.OVERLOADED, Cause.UNKNOWN_MODEL})
 """What speaks against giving an endpoint more work. Refusing a bad request does not; refusing all that comes does, or

@@ -71,6 +71,9 @@ class LogLine(msgspec.Struct, omit_defaults=True):
     tokens_in: int | None = None
     tokens_out: int | None = None
     tokens_cached: int | None = None
+    served: str = ""
+    """The model that served it, where the name it asked for stands for several."""
+    via: str = ""
     bytes_in: int = 0
     sdk_retry: int = 0
     settlement: str = ""
@@ -128,6 +131,7 @@ class Ticket:
         "sdk_retry",
         "sent_at",
         "series",
+        "served",
         "settled",
         "settlement",
         "started",
@@ -137,6 +141,7 @@ class Ticket:
         "tried",
         "usage",
         "version",
+        "via",
         "waited",
     )
 
@@ -174,6 +179,10 @@ class Ticket:
         self.endpoint = ""
         self.error = ""
         self.stream = False
+        self.served = ""
+        """The model that serves it, where its name stands for several."""
+        self.via = ""
+        """How it came to that: empty (its own name), `route` or `fallback`."""
         self.attempts = 0
         self.events = 0
         self.bytes_in = 0
@@ -243,6 +252,9 @@ class Ticket:
             self.settlement = kind.value
             if hold.used is not None:
                 self.usage = hold.used
+        if self.served:
+            first = self.first_at - self.started if self.first_at else None
+            self._metrics.served(self.model, self.served, self.via, outcome, first)
         counted = self._metrics.tenant(self.model, self.tenant)
         outcomes = counted.outcomes
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
@@ -280,6 +292,8 @@ class Ticket:
             usage.prompt,
             usage.completion,
             usage.cached,
+            self.served,
+            self.via,
             self.bytes_in,
             self.sdk_retry,
             self.settlement,

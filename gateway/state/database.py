@@ -139,6 +139,7 @@ usage_table = sa.Table(
     sa.Column("duration_ms", sa.Float, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("detail", sa.Text, nullable=False),
+    sa.Column("served", _Text(400), nullable=False, server_default=sa.text("''")),
     sa.Index("ix_usage_at", "at"),
 )
 

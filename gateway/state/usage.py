@@ -39,6 +39,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "organisation": ("organisation",),
     "model": ("model",),
     "version": ("version",),
+    "served": ("served",),
     "day": ("day",),
     "path": ("path",),
     "endpoint": ("endpoint",),
@@ -80,6 +81,8 @@ class UsageRow(msgspec.Struct, frozen=True):
     duration_ms: float = 0.0
     attempts: int = 0
     detail: str = "{}"
+    served: str = ""
+    """The model that served it, where the name it asked for stands for several."""
 
 
 FIELDS = UsageRow.__struct_fields__
@@ -326,6 +329,7 @@ def _values(row: UsageRow, at: object, day: str) -> tuple[object, ...]:
         row.duration_ms,
         row.attempts,
         row.detail,
+        _fit(row.served, 400),
     )
 
 

@@ -36,3 +36,18 @@ def test_what_no_endpoint_may_serve_any_more_is_forgotten() -> None:
     assert [model.name for model in catalogue.list()] == ["b"]
     catalogue.learn([Model("a", 3)])
     assert catalogue.resolve("a") == Model("a", 3)
+
+
+def test_a_name_that_stands_for_others_is_a_model_to_whoever_asks() -> None:
+    """It promises the context that each of them has, keeps its date over a reload, and goes with its declaration."""
+    catalogue = Catalogue()
+    catalogue.learn([Model("a", 1, 4096), Model("b", 1, 2048), Model("c", 3)])
+    catalogue.publish({"both": ("a", "b"), "some": ("a", "c"), "c": ("c",), "away": ("away",)}, 50)
+    assert catalogue.resolve("both") == Model("both", 50, 2048)
+    assert catalogue.resolve("some") == Model("some", 50)
+    assert (catalogue.resolve("c"), catalogue.resolve("away")) == (Model("c", 3), Model("away", 50))
+    catalogue.publish({"both": ("a",), "new": ("b",)}, 60)
+    assert catalogue.resolve("both") == Model("both", 50, 4096)
+    assert [model.name for model in catalogue.list()] == ["a", "b", "both", "c", "new"]
+    catalogue.publish({}, 70)
+    assert catalogue.resolve("both") is None

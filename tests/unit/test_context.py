@@ -41,7 +41,7 @@ def fit(
     """Fit a request; ``counted`` is what an engine would say, None: none may be asked."""
     caps = cap if isinstance(cap, Caps) else Caps(context=cap)
     found = asked(path, fields, caps)
-    steps: Generator[Pending, Any, Refusal | None] = fit_context(found, RELAYED[path], caps, Stage().pool, size)
+    steps: Generator[Pending, Any, Refusal | None] = fit_context(found, MODEL, RELAYED[path], caps, Stage().pool, size)
     try:
         pending = next(steps)
     except StopIteration as end:
@@ -156,7 +156,7 @@ def test_prompt_and_output_together_never_exceed_the_cap(
     prompt = int((size + TEMPLATE_TOKENS) * density)
     caps = Caps(context=cap)
     found = asked(path, {"messages": HI} if limit is None else {"messages": HI, "max_tokens": limit}, caps)
-    steps = fit_context(found, RELAYED[path], caps, Stage().pool, size)
+    steps = fit_context(found, MODEL, RELAYED[path], caps, Stage().pool, size)
     refusal: Refusal | None = None
     try:
         next(steps).awaitable.close()
