@@ -50,6 +50,7 @@ from gateway.serving.deadlines import Deadlines
 from gateway.serving.explain import ledger_row
 from gateway.serving.limiter import Limiter
 from gateway.serving.minded import Minders
+from gateway.serving.mirror import MirrorRules
 from gateway.serving.pool import EndpointSpec, HealthRules, MinderAt, Pool
 from gateway.serving.relay import RelayLimits
 from gateway.serving.sharing import Sharing
@@ -411,6 +412,7 @@ class Replica:
         for request in list(self.edge.active):
             # A client that takes nothing is told last, after the ledger has closed: its request ends here.
             self.edge.client_gone(request)
+        self.edge.mirrors.close()
         self.pool.close()
         # After the last request has settled: what it gives back is carried on.
         await self.limiter.store.stop()
@@ -484,6 +486,7 @@ def edge_rules(settings: Settings) -> EdgeRules:
             event=bounds.event,
         ),
         models=published(settings.models),
+        mirrors=MirrorRules(bounds.mirrors, bounds.mirror_bytes),
     )
 
 

@@ -84,6 +84,16 @@ class TenantSeries:
         self.cached = 0
 
 
+class MirrorSeries(TenantSeries):
+    """What is counted of the copies that one model gets."""
+
+    __slots__ = ("series",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.series = ModelSeries()
+
+
 class Metrics:
     """All series of one replica."""
 
@@ -93,6 +103,8 @@ class Metrics:
         self._models: dict[str, ModelSeries] = {}
         self._series: dict[tuple[str, str], TenantSeries] = {}
         self._served: dict[tuple[str, str], ServedSeries] = {}
+        self._mirrors: dict[str, MirrorSeries] = {}
+        self._mirrors_shed: dict[str, int] = {}
         self._upstream_errors: dict[tuple[str, str], int] = {}
         self._endpoints: dict[str, tuple[bool, int]] = {}
         self._ejections: dict[str, int] = {}
@@ -147,6 +159,19 @@ class Metrics:
                 self._tenants.add(tenant)
             series = self._series.setdefault((model, tenant), TenantSeries())
         return series
+
+    def mirror(self, model: str) -> MirrorSeries:
+        """Return what is counted of the copies that a model gets; ``model`` comes from the configuration."""
+        series = self._mirrors.get(model)
+        if series is None:
+            if len(self._mirrors) >= self._max:
+                model = OTHER
+            series = self._mirrors.setdefault(model, MirrorSeries())
+        return series
+
+    def mirror_shed(self, reason: str) -> None:
+        """Count a copy that was not sent: nobody had room for it (`busy`), or enough of them ran (`bound`)."""
+        self._mirrors_shed[reason] = self._mirrors_shed.get(reason, 0) + 1
 
     def served(self, model: str, served: str, via: str, outcome: str, first: float | None) -> None:
         """Count a request for a name that stands for several models: which served it, how it came to that, how it
@@ -358,6 +383,29 @@ class Metrics:
                 requests.add_metric([model, served, via, outcome], count)
             ttft.add_metric([model, served], series.ttft.buckets(), series.ttft.total)
         yield from (requests, ttft)
+        yield from self._collect_mirrors()
+
+    def _collect_mirrors(self) -> Iterator[Metric]:
+        """Copies: nothing else counts them."""
+        requests = CounterMetricFamily(
+            "forebay_mirror_requests", "Copies of requests by how they ended", labels=["model", "outcome"]
+        )
+        tokens = CounterMetricFamily("forebay_mirror_tokens", "Their tokens by kind", labels=["model", "kind"])
+        ttft = HistogramMetricFamily(
+            "forebay_mirror_ttft_seconds", "Time to their first event or byte", labels=["model"]
+        )
+        running = GaugeMetricFamily("forebay_mirror_in_flight", "Copies being served", labels=["model"])
+        for model, counted in list(self._mirrors.items()):
+            for outcome, count in list(counted.outcomes.items()):
+                requests.add_metric([model, outcome], count)
+            for kind, value in (("in", counted.prompt), ("out", counted.completion), ("cached", counted.cached)):
+                tokens.add_metric([model, kind], value)
+            ttft.add_metric([model], counted.series.ttft.buckets(), counted.series.ttft.total)
+            running.add_metric([model], counted.series.in_flight)
+        shed = CounterMetricFamily("forebay_mirror_shed", "Copies that were not sent", labels=["reason"])
+        for reason, count in list(self._mirrors_shed.items()):
+            shed.add_metric([reason], count)
+        yield from (requests, tokens, ttft, running, shed)
 
     def _collect_upstreams(self) -> Iterator[Metric]:
         errors = CounterMetricFamily(

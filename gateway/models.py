@@ -1,4 +1,4 @@
-"""What public names stand for beyond the model of that name: shares of several, and others to fall back on."""
+"""What public names stand for beyond the model of that name: shares of several, copies, and others to fall back on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from gateway.policy.split import Arm, Split
-from gateway.values import Name, Section
+from gateway.values import Name, PositiveDuration, Section
 
 MOST_FALLBACKS = 4
 """Of one name: each may cost its client another wait, and an engine another request that breaks it."""
@@ -29,6 +29,17 @@ class ModelRoute(Section):
     """Only engines on such a device (`upstreams[].device`); any when left out."""
 
 
+class ModelMirror(Section):
+    """Copies of requests, whose answers nobody sees and nobody pays for."""
+
+    model: Name
+    """A model that engines serve, and that gets them."""
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Part of the requests that is copied."""
+    timeout: PositiveDuration = 60.0
+    """How long a copy may take."""
+
+
 class PublicModel(Section):
     """What a public name stands for: a name of its own, or that of a model that engines serve."""
 
@@ -37,14 +48,16 @@ class PublicModel(Section):
     sticky: Literal["key", "session"] = "key"
     """Whose requests stay with one model: those of a key (of an address where there are no keys), or of a session
     (`prompt_cache_key`, else `user`, else the key)."""
+    mirror: ModelMirror | None = None
+    """Copies of its requests for another model."""
     fallback: Annotated[tuple[Name, ...], Field(max_length=MOST_FALLBACKS)] = ()
     """Models that serve its requests, the first that can, while nothing of an answer has reached the client and no
     engine can take it, or those that were asked failed; each only for keys that may use it."""
 
     @model_validator(mode="after")
     def _useful(self) -> PublicModel:
-        if not self.routes and not self.fallback:
-            raise ValueError("says nothing; write routes or fallback")
+        if not self.routes and self.mirror is None and not self.fallback:
+            raise ValueError("says nothing; write routes, mirror or fallback")
         if self.routes and not any(route.weight for route in self.routes):
             raise ValueError("routes: all weigh 0; give at least one of them a weight")
         named = [(route.model, route.device) for route in self.routes]
@@ -88,6 +101,8 @@ def _named(public: PublicModel) -> Iterator[tuple[str, str]]:
     """Every model that a name stands for, with its place."""
     for index, route in enumerate(public.routes):
         yield f"routes[{index}].model", route.model
+    if public.mirror is not None:
+        yield "mirror.model", public.mirror.model
     for index, model in enumerate(public.fallback):
         yield f"fallback[{index}]", model
 
@@ -103,6 +118,7 @@ class Published:
     split: Split | None
     by_session: bool
     fallback: tuple[Arm, ...]
+    mirror: ModelMirror | None
 
     def pick(self, subject: int) -> Arm:
         """Return what serves a subject."""
@@ -122,6 +138,7 @@ def _published(name: str, public: PublicModel) -> Published:
         split=Split(name, weighed) if len(weighed) > 1 else None,
         by_session=public.sticky == "session",
         fallback=tuple(Arm(model) for model in public.fallback),
+        mirror=public.mirror,
     )
 
 

@@ -149,7 +149,8 @@ def _asked(asked: dict[str, Any]) -> str:
     # A gateway of an older release tells of neither.
     served, via = asked.get("served", ""), asked.get("via", "")
     by = served and f"served by {served}{f' ({via})' if via else ''}"
-    return _sentence(asked["path"], asked["model"], version, by, asked["stream"] and "streamed")
+    copy = asked.get("mirrors") and f"a copy of {asked['mirrors']}"
+    return _sentence(asked["path"], asked["model"], version, by, copy, asked["stream"] and "streamed")
 
 
 def _who(who: dict[str, Any]) -> str:

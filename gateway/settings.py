@@ -414,6 +414,10 @@ class Bounds(Section):
     """Bodies larger than this are parsed outside the event loop."""
     connections: Count = 100_000
     """Client connections at once."""
+    mirrors: Annotated[int, Field(ge=0)] = 64
+    """Copies of requests for another model (`models.*.mirror`) that run at once."""
+    mirror_bytes: Size = 64 * MIB
+    """Bytes that they may hold together: their bodies, and one `event` each."""
 
 
 class Stream(Section):
@@ -588,7 +592,7 @@ class Settings(Described, BaseSettings):
     engines: tuple[LocalEngine, ...] = ()
     """Engines to run on this machine."""
     models: dict[Name, PublicModel] = {}
-    """What public names stand for beyond the model of that name: shares of several, others to fall back on."""
+    """What public names stand for beyond the model of that name: shares of several, copies, others to fall back on."""
     timeouts: Timeouts = Timeouts()
     """How long to wait for each step of a request."""
     limits: Limits = Limits()

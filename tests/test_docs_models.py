@@ -37,6 +37,8 @@ def test_the_first_is_what_the_page_says() -> None:
 def test_what_it_says_can_be_seen_is_there() -> None:
     metrics = Metrics(10)
     metrics.served("a", "b", "route", "ok", 1.0)
+    metrics.mirror("b").outcomes["ok"] = 1
+    metrics.mirror_shed("busy")
     families = {one.name: one for one in metrics.collect()}
     told = re.findall(r"`(forebay_\w+)\{([\w,]+)\}`", PAGE)
     assert told
@@ -44,8 +46,8 @@ def test_what_it_says_can_be_seen_is_there() -> None:
         family = families[name]
         shown = [sample.labels.keys() - {"le"} for sample in family.samples]
         assert all(keys == {*labels.split(",")} for keys in shown), name
-    (by,) = re.findall(r"usage --by ([\w,]+)", PAGE)
-    assert read_by(by) == ("model", "served")
+    asked = [read_by(by) for by in re.findall(r"usage --by ([\w,]+)", PAGE)]
+    assert asked == [("settlement",), ("model", "served")]
 
 
 def test_its_links_lead_somewhere() -> None:

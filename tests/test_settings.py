@@ -369,7 +369,12 @@ def test_a_key_with_two_letters_swapped_is_recognised(data: st.DataObject) -> No
         ({"listen": {"port": 70000}}, "listen.port: should be less than or equal to 65535"),
         ({"keys": [{"name": "a", "sha256": "abc"}]}, "keys[0].sha256: should be 64 hexadecimal digits; type: printf"),
         ({"keys": [{"name": "a", "key": "k", "models": ["a*b"]}]}, "keys[0].models[0]: should be a model name, or"),
-        ({"models": {"a": {}}}, "models.a: says nothing; write routes or fallback"),
+        ({"models": {"a": {}}}, "models.a: says nothing; write routes, mirror or fallback"),
+        ({"models": {"a": {"mirror": {"model": "b"}}}}, "models.a.mirror.share: is missing"),
+        (
+            {"models": {"a": {"mirror": {"model": "b", "share": 2}}}},
+            "models.a.mirror.share: should be less than or equal",
+        ),
         ({"models": {"a": {"fallback": ["a"]}}}, "models.a.fallback: falls back on itself"),
         ({"models": {"a": {"fallback": ["b", "b"]}}}, "models.a: fallback: one of them is there twice"),
         ({"models": {"a": {"fallback": list("bcdef")}}}, "models.a.fallback: tuple should have at most 4 items"),

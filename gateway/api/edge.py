@@ -35,6 +35,7 @@ from gateway.serving.deadlines import Deadlines
 from gateway.serving.dialect import Route
 from gateway.serving.jobs import subject_of
 from gateway.serving.limiter import Facts, Hold, Limiter, Plan, read_facts, who_asks
+from gateway.serving.mirror import MirrorRules, Mirrors
 from gateway.serving.pending import Pending
 from gateway.serving.pool import Pool
 from gateway.serving.relay import OUTCOMES, Client, Order, Relay, RelayLimits
@@ -63,6 +64,7 @@ class EdgeRules:
     relay: RelayLimits = field(default_factory=RelayLimits)
     models: Mapping[str, Published] = field(default_factory=dict)
     """The names that something is said of beyond the model of that name."""
+    mirrors: MirrorRules = field(default_factory=MirrorRules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class Edge:
         self.account: Callable[[Ticket], None] | None = None
         """Who is told of every request that has ended: the ledger, if there is one."""
         self._executor = executor
+        self.mirrors = Mirrors(admission, deadlines, metrics, self.new_ticket)
         self._held = 0
         self._auth_time = metrics.overhead["auth"]
         self._policy_time = metrics.overhead["policy"]
@@ -251,6 +254,17 @@ class Edge:
         ticket.sent_at = now = self.deadlines.clock()
         self._policy_time.observe(now - began)
         relay.start(now)
+        if lineup and not relay.done and not self.closing:
+            self._mirror(order, ticket)
+
+    def _mirror(self, order: Order, ticket: Ticket) -> None:
+        """Send a copy of a request to another model, where its name says so and its lot."""
+        mirror = self.rules.models[order.model].mirror
+        if mirror is None or mirror.model == order.lineup[0].model or not order.route.charged:
+            return
+        if self._random.random() < mirror.share:
+            rules = self.rules
+            self.mirrors.send(order, ticket, mirror, rules.relay, rules.mirrors)
 
     def lineup(self, model: str, fields: Fields, who: KeyRecord, client: str) -> tuple[Arm, ...]:
         """Return the models that may serve a name: the one that it stands for, and others to fall back on. Empty: the
@@ -405,6 +419,7 @@ class Edge:
 
     def shut_down(self) -> None:
         """End every request that is left with an error the client can read."""
+        self.mirrors.close()
         for request in list(self.active):
             if request.relay is not None:
                 request.relay.shut_down()

@@ -104,8 +104,8 @@ class Admission:
         self._retries = fresh(rules.retries, clock())
         self._requests = 0
         self.deadline = NEVER
-        self.on_wait: Callable[[Group], None] | None = None
-        """Called when somebody begins to wait."""
+        self.on_wait: list[Callable[[Group], None]] = []
+        """Who is told when somebody begins to wait."""
         pool.on_index = self._regroup
         pool.on_return = self.router.emptied
         self.configure(rules)
@@ -151,6 +151,14 @@ class Admission:
     def sound(group: Group, tried: Collection[Endpoint], now: float) -> bool:
         """Whether an endpoint is there that nothing speaks against, busy or not."""
         return any(one.healthy and not one.holds and one.trusted(now) for one in group.endpoints if one not in tried)
+
+    def idle(self, group: Group, tokens: int, now: float) -> bool:
+        """Whether an endpoint is well, has room for so many tokens more, and nobody waits for it."""
+        waits = self.queue.waiting
+        return any(
+            one.room(tokens) and one.trusted(now) and not any(map(waits, self._lines.get(one, ())))
+            for one in group.endpoints
+        )
 
     def asked(self) -> None:
         """Count a request: what retries are allowed is a share of these."""
@@ -210,8 +218,8 @@ class Admission:
         for displaced in result or ():
             waiter: Waiter = displaced.waiter
             waiter.on_displaced(self.give_up(displaced, now, Why.DISPLACED), now)
-        if self.on_wait is not None:
-            self.on_wait(group)
+        for told in self.on_wait:
+            told(group)
         return None
 
     def waiting_for(self, endpoint: Endpoint) -> int:

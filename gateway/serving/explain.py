@@ -79,7 +79,9 @@ class Detail(msgspec.Struct, omit_defaults=True):
     bytes_in: int = 0
     error: str = ""
     via: str = ""
-    """How it came to the model that served it: `route` or `fallback`; empty: by its own name."""
+    """How it came to the model that served it: `route`, `fallback` or `mirror`; empty: by its own name."""
+    mirrors: str = ""
+    """The request that this one is a copy of."""
     refused_by: str = ""
     buckets: msgspec.Raw = _NO_BUCKETS
     """Those of the limits: of each its name and what it counts. Made once for many rows, so amounts are beside it."""
@@ -151,6 +153,7 @@ def _detail(ticket: Ticket, outcome: str, end: float) -> Detail:
         ticket.bytes_in,
         ticket.error[:MAX_TEXT],
         ticket.via,
+        ticket.mirrors,
         ticket.refused_by,
         charges.plan.named if charges is not None else _NO_BUCKETS,
         charges.reserved if charges is not None else (),
@@ -229,6 +232,7 @@ def explanation(row: UsageRow, source: str) -> dict[str, Any]:
             "version": row.version,
             "served": row.served,
             "via": detail.via,
+            "mirrors": detail.mirrors,
             "stream": detail.stream,
             "bytes_in": detail.bytes_in,
         },

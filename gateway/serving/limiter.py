@@ -53,10 +53,12 @@ class Settlement(enum.StrEnum):
     """Nothing is known: what was reserved stays."""
     VOID = "void"
     """No engine accepted it: all comes back, the request itself too."""
+    MIRROR = "mirror"
+    """A copy that nobody asked for: nobody is charged."""
 
 
 # Under names of their own: looked up in its class each costs a call of the enum's.
-EXACT, COUNTED, KEPT, VOID = Settlement
+EXACT, COUNTED, KEPT, VOID, MIRROR = Settlement
 _NOTHING = (0,) * len(Counts)
 _, _TOKENS, _MONEY, _CONCURRENT, _IN_FLIGHT = Counts
 
@@ -167,6 +169,10 @@ class Hold:
         """What its tenant's share weighs where tenants wait for the same."""
         return self._plan.weight
 
+    def copied(self) -> Unbilled:
+        """Return what a copy of the request holds."""
+        return Unbilled(self._limiter, self._plan, self._facts, self._size, None, (), None)
+
     def expected(self) -> tuple[int, int]:
         """Return the tokens of its prompt and of its answers, as they are estimated."""
         size = self._size
@@ -234,6 +240,21 @@ class Hold:
     def _tokens(self, events: int) -> int:
         """Return the tokens that so many events of its stream probably are."""
         return round(events * self._plan.learned.per_event(self._facts.route.dialect.name))
+
+
+class Unbilled(Hold):
+    """What a copy of a request holds of its limits: nothing. What it uses is charged to nobody and teaches nothing."""
+
+    __slots__ = ()
+
+    def settle(
+        self, usage: Usage | None, events: int, *, whole: bool, accepted: bool
+    ) -> tuple[Settlement, int, Charges | None]:
+        """Note that it is over."""
+        if self.settled is not None:
+            raise RuntimeError("a hold was settled twice")
+        self.settled = MIRROR
+        return MIRROR, 0, None
 
 
 class Limiter:

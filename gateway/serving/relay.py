@@ -107,6 +107,8 @@ class Order(msgspec.Struct, frozen=True, gc=False):
     cache_salt: str | None = None
     terms: Terms = USUAL
     """On what terms it waits, where it must."""
+    mirror: bool = False
+    """Whether it is a copy that nobody waits for: it does not wait either."""
     lineup: tuple[Arm, ...] = ()
     """The models that may serve it, the first one first; none: the one it names, and no other."""
 
@@ -214,6 +216,11 @@ class Relay:
         """Whether the client has its answer, or is gone."""
         return self._state == DONE
 
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where it is being served."""
+        return self._endpoint
+
     # --- attempts -------------------------------------------------------------------------------------------------
 
     def start(self, now: float) -> None:
@@ -221,7 +228,8 @@ class Relay:
         self._wrote = now
         self._total_at = self._ticket.started + self._limits.total
         self._deadlines.watch(self)
-        self._admission.asked()
+        if not self._order.mirror:
+            self._admission.asked()
         self._attempt(now, None)
 
     def _attempt(self, now: float, failure: Refusal | None, *, turn: bool = False) -> None:
@@ -242,7 +250,7 @@ class Relay:
             self._take(endpoint, choice.uncached, job.prompt + job.output)
             endpoint.sent(now)
             self._send(endpoint, now, fresh=False)
-        elif self._admission.hopeful(group, self._tried):
+        elif not self._order.mirror and self._admission.hopeful(group, self._tried):
             self._wait(group, now, failure)
         elif self._rest and self._fall_back(now):
             self._attempt(now, failure)

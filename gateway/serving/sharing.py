@@ -52,7 +52,7 @@ class Sharing:
         self._next = 0
         self._place = Place("", 1, 0)
         self._queue.deltas = Deltas()
-        admission.on_wait = self._on_wait
+        admission.on_wait.append(self._on_wait)
 
     # --- who was served ---------------------------------------------------------------------------------------------
 

@@ -74,6 +74,7 @@ class LogLine(msgspec.Struct, omit_defaults=True):
     served: str = ""
     """The model that served it, where the name it asked for stands for several."""
     via: str = ""
+    mirrors: str = ""
     bytes_in: int = 0
     sdk_retry: int = 0
     settlement: str = ""
@@ -121,6 +122,7 @@ class Ticket:
         "key_id",
         "last_at",
         "let_in_at",
+        "mirrors",
         "model",
         "organisation",
         "outcome",
@@ -182,7 +184,9 @@ class Ticket:
         self.served = ""
         """The model that serves it, where its name stands for several."""
         self.via = ""
-        """How it came to that: empty (its own name), `route` or `fallback`."""
+        """How it came to that: empty (its own name), `route`, `fallback` or `mirror`."""
+        self.mirrors = ""
+        """The request that this one is a copy of."""
         self.attempts = 0
         self.events = 0
         self.bytes_in = 0
@@ -213,7 +217,8 @@ class Ticket:
         """Note which model serves it: from here on it counts as in flight."""
         self.model = model
         self.stream = stream
-        self.series = self._metrics.model(model)
+        metrics = self._metrics
+        self.series = metrics.mirror(model).series if self.mirrors else metrics.model(model)
         self.series.in_flight += 1
         self.in_flight = True
 
@@ -255,7 +260,8 @@ class Ticket:
         if self.served:
             first = self.first_at - self.started if self.first_at else None
             self._metrics.served(self.model, self.served, self.via, outcome, first)
-        counted = self._metrics.tenant(self.model, self.tenant)
+        metrics = self._metrics
+        counted = metrics.mirror(self.model) if self.mirrors else metrics.tenant(self.model, self.tenant)
         outcomes = counted.outcomes
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         usage = self.usage
@@ -272,7 +278,7 @@ class Ticket:
         return LogLine(
             time,
             "info" if outcome in _EXPECTED else "warning",
-            "request",
+            "mirror" if self.mirrors else "request",
             self.request_id,
             self.path,
             outcome,
@@ -294,6 +300,7 @@ class Ticket:
             usage.cached,
             self.served,
             self.via,
+            self.mirrors,
             self.bytes_in,
             self.sdk_retry,
             self.settlement,

@@ -429,7 +429,7 @@ async def test_a_good_request_explained(two: Any) -> None:
     assert (told["state"], told["outcome"], told["status"], told["error"]) == ("ended", "ok", 200, "")
     assert told["who"]["key"] == told["who"]["key_id"] == told["who"]["tenant"] == "alice"
     size = len(json.dumps(chat()))
-    plain = {"version": "", "served": "", "via": "", "stream": False}
+    plain = {"version": "", "served": "", "via": "", "mirrors": "", "stream": False}
     assert told["asked"] == {"path": CHAT, "model": MODEL, **plain, "bytes_in": size}
     (attempt,) = told["engine"]["tried"]
     assert (attempt["endpoint"], attempt["result"]) == (told["engine"]["endpoint"], "ok")
