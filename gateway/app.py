@@ -51,7 +51,7 @@ from gateway.serving.explain import ledger_row
 from gateway.serving.limiter import Limiter
 from gateway.serving.minded import Minders
 from gateway.serving.mirror import MirrorRules
-from gateway.serving.pool import EndpointSpec, HealthRules, MinderAt, Pool
+from gateway.serving.pool import EndpointSpec, HealthRules, MinderAt, Pool, Wake
 from gateway.serving.relay import RelayLimits
 from gateway.serving.sharing import Sharing
 from gateway.serving.upstream import Address, parse_address
@@ -106,6 +106,7 @@ class Replica:
         self.admission = Admission(self.pool, self.metrics, clock, admission_rules(settings), _soon, draw or _draw)
         self.metrics.queue = self.admission.waiting
         self.metrics.capacity = self.pool.capacity
+        self.metrics.pools = self.admission.waiting_by_pool
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="forebay")
         self.authenticator = Authenticator({})
         self.limits_place = ""
@@ -218,6 +219,7 @@ class Replica:
             self._store_turned(Turn.LOST)
         plan = self.finder.plan(settings.upstreams, settings.discovery.dns_interval)
         self._named = endpoint_specs(settings)
+        self.pool.wake_for(wakes(settings), int(time.time()))
         added, _ = self.pool.configure(self._named, int(time.time()))
         await self.minders.watch(added)
         await self.watcher.watch(added)
@@ -333,6 +335,7 @@ class Replica:
         self.settings = settings
         self.edge.rules = edge_rules(settings)
         self.pool.catalogue.publish(aliases(settings.models), int(time.time()))
+        self.pool.wake_for(wakes(settings), int(time.time()))
         self.pool.judge_by(health_rules(settings))
         self.admission.configure(admission_rules(settings))
         self.watcher.interval = settings.discovery.interval
@@ -355,7 +358,7 @@ class Replica:
         for endpoint in gone:
             self.admission.router.gone(endpoint)
             endpoint.connections.retire()
-        served = {name for endpoint in self.pool.endpoints for name in endpoint.models}
+        served = {name for endpoint in self.pool.endpoints for name in endpoint.models} | self.pool.wakes.keys()
         # Engines that merely went away will be back: their models are known, only not served at the moment.
         if gone and configured:
             self.pool.catalogue.retain(served)
@@ -513,6 +516,16 @@ def endpoint_spec(upstream: Upstream) -> EndpointSpec:
         max_running=upstream.max_running,
         device=upstream.device or "",
     )
+
+
+def wakes(settings: Settings) -> dict[str, Wake]:
+    """Return the models whose engines are started when somebody waits for them."""
+    found = {}
+    for upstream in settings.upstreams:
+        if upstream.wakeable:
+            wake = Wake(upstream.pool or "", upstream.wake_timeout, frozenset(ENGINES[upstream.engine].paths))
+            found.update(dict.fromkeys(upstream.models or (), wake))
+    return found
 
 
 def _minder_at(upstream: Upstream) -> MinderAt | None:

@@ -124,6 +124,8 @@ class Metrics:
         self._queue_waits: dict[str, Histogram] = {}
         self.queue: Callable[[], Iterable[tuple[str, int]]] = tuple
         """Who tells how many of each class wait."""
+        self.pools: Callable[[], Iterable[tuple[str, int]]] = tuple
+        """Who tells how many wait for each pool."""
         self.capacity: Callable[[], Iterable[tuple[str, int, int]]] = tuple
         """Who tells of each endpoint how many requests it is given at once, and its estimated tokens in flight."""
         self._standing: tuple[str, tuple[str, ...]] = ("", ())
@@ -318,6 +320,9 @@ class Metrics:
         waiting = GaugeMetricFamily("forebay_queue_waiting", "Requests that wait for an engine", labels=["class"])
         for tier, count in self.queue():
             waiting.add_metric([tier], count)
+        pools = GaugeMetricFamily("forebay_pool_waiting", "Requests that wait for an engine of a pool", labels=["pool"])
+        for pool, count in self.pools():
+            pools.add_metric([pool], count)
         waits = HistogramMetricFamily(
             "forebay_queue_seconds", "Time in the queue of requests that had their turn", labels=["class"]
         )
@@ -340,7 +345,7 @@ class Metrics:
         )
         for what, times in self.shares_lost.items():
             lost.add_metric([what], times)
-        yield from (waiting, waits, refused, most, tokens, lost)
+        yield from (waiting, pools, waits, refused, most, tokens, lost)
 
     def _collect_requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(

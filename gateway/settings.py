@@ -207,6 +207,11 @@ class Upstream(Section):
     here, or go to another engine."""
     device: Literal["cpu", "cuda", "ascend"] | None = None
     """What it computes on, for routes that name a device (`models`)."""
+    wakeable: bool = False
+    """Whether its engines are started when requests wait for them, as an autoscaler does by
+    `forebay_pool_waiting`: while none is there requests wait, rather than being refused."""
+    wake_timeout: PositiveDuration = 300.0
+    """How long requests wait for one to be there, unless their clients have less patience."""
     minder: UpstreamUrl | None = None
     """Control port of the agent beside it, unix:/path or http://host:port: it can then be drained and restarted."""
     minder_port: Port | None = None
@@ -233,6 +238,16 @@ class Upstream(Section):
             raise ValueError(f"discover needs a name to look up, {host} is an address; write the name, or leave it out")
         if self.discover == "kubernetes" and host.count(".") > 1:
             raise ValueError("a Service is written http://SERVICE:PORT or http://SERVICE.NAMESPACE:PORT")
+        return self
+
+    @model_validator(mode="after")
+    def _wakeable(self) -> Upstream:
+        if self.wakeable and self.models is None:
+            raise ValueError("wakeable needs models: an engine that is not there cannot be asked what it serves")
+        if self.wakeable and self.pool is None:
+            raise ValueError("wakeable needs a pool: by its name it is told how many wait")
+        if not self.wakeable and "wake_timeout" in self.model_fields_set:
+            raise ValueError("wake_timeout has no effect without wakeable: true")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What docs/models.md writes down is taken by the gateway, and does what the page says of it."""
+"""What docs/models.md tells, and docs/queue.md to configure, is taken by the gateway and does what it says of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from gateway.state.usage import read_by
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "models.md").read_text()
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TREES = [yaml.safe_load(text) for language, text in _FENCE.findall(PAGE) if language == "yaml"]
+QUEUE = (DOCS / "queue.md").read_text()
+TREES = [yaml.safe_load(text) for language, text in _FENCE.findall(PAGE + QUEUE) if language == "yaml"]
 
 
 @pytest.mark.parametrize("tree", TREES, ids=lambda tree: ",".join(tree))

@@ -300,13 +300,14 @@ class Edge:
         now = self.deadlines.clock()
         size = self.limiter.estimate(plan, facts)
         terms = terms_of(request, asked)
-        item = self.admission.place(request.ticket, terms, plan.weight, (size.prompt, size.output), now, None)
         path, salted = request.route.path, request.who.trust_domain is not None
         first: Rejected | None = None
         for arm in lineup or (Arm(asked.model),):
             group = self.pool.group(arm.model, path, salted, arm.device)
             if first is not None and not self.admission.hopeful(group, ()):
                 continue
+            tokens = size.prompt, size.output
+            item = self.admission.place(request.ticket, group, terms, plan.weight, tokens, now, None)
             rejected = self.admission.look(group, item, now)
             if rejected is None:
                 return None

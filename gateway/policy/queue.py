@@ -91,6 +91,7 @@ class Waiting:
         "flow",
         "gone",
         "line",
+        "patient",
         "rank",
         "size",
         "tenant",
@@ -121,6 +122,8 @@ class Waiting:
         self.tokens = tokens
         self.size = size
         self.waiter = waiter
+        self.patient = False
+        """Whether it may wait whatever the line's pace says: those it waits for are not there yet."""
         self.line: Line | None = None
         self.flow: _Flow | None = None
         self.gone = False
@@ -410,6 +413,10 @@ class Queue:
         line = self._lines.get(key)
         return line.count if line is not None else 0
 
+    def lines(self) -> list[tuple[Hashable, int]]:
+        """Return every line, and how many wait in it."""
+        return [(key, line.count) for key, line in list(self._lines.items())]
+
     def line(self, key: Hashable) -> Line:
         """Return the line of those who wait for the same engines, a new one where there is none."""
         line = self._lines.get(key)
@@ -424,7 +431,7 @@ class Queue:
         if line is not None:
             wait = line.wait(item.rank, item.tenant, item.weight, item.cost, now)
             patience = item.deadline - now
-            if wait > patience:
+            if wait > patience and not item.patient:
                 return self._refused(line, item, Why.LATE, now + wait - patience, now)
         if self._full(item) and not self._victims(item):
             return self._refused(line or self.line(key), item, Why.FULL, now, now)

@@ -144,8 +144,16 @@ class Admission:
 
     @staticmethod
     def hopeful(group: Group, tried: Collection[Endpoint]) -> bool:
-        """Whether it is any use to wait: an endpoint is there that is only busy."""
+        """Whether it is any use to wait: an endpoint is there that is only busy, or one will be started for somebody
+        whom none has failed."""
+        if group.wake is not None and not tried:
+            return True
         return any(one.healthy and not one.holds for one in group.endpoints if one not in tried)
+
+    @staticmethod
+    def asleep(group: Group) -> bool:
+        """Whether an endpoint has to be started before anybody is served."""
+        return group.wake is not None and not any(one.healthy and not one.holds for one in group.endpoints)
 
     @staticmethod
     def sound(group: Group, tried: Collection[Endpoint], now: float) -> bool:
@@ -178,14 +186,24 @@ class Admission:
     # --- who waits --------------------------------------------------------------------------------------------------
 
     def place(
-        self, ticket: Ticket, terms: Terms, weight: float, size: tuple[int, int], now: float, waiter: Waiter | None
+        self,
+        ticket: Ticket,
+        group: Group,
+        terms: Terms,
+        weight: float,
+        size: tuple[int, int],
+        now: float,
+        waiter: Waiter | None,
     ) -> Waiting:
         """Return what the queue must know of a request whose prompt and answers are estimated at ``size`` tokens."""
         rules, (prompt, output) = self.rules, size
         patience = rules.patience[terms.rank]
+        asleep = self.asleep(group)
+        if asleep and group.wake is not None and group.wake.seconds > patience:
+            patience = group.wake.seconds
         if terms.patience is not None and terms.patience < patience:
             patience = terms.patience
-        return Waiting(
+        item = Waiting(
             ticket.tenant,
             now,
             ticket.started + patience,
@@ -196,6 +214,8 @@ class Admission:
             size=ticket.bytes_in,
             waiter=waiter,
         )
+        item.patient = asleep
+        return item
 
     def look(self, group: Group, item: Waiting, now: float) -> Rejected | None:
         """Tell whether a request would be refused a place now, before anything is reserved for it."""
@@ -298,7 +318,7 @@ class Admission:
 
     def _regroup(self) -> None:
         """Queue everybody anew: other endpoints serve what they wait for."""
-        groups = {group: None for lines in self._lines.values() for group in lines}
+        groups = [group for group, _ in self.queue.lines()]
         self._lines.clear()
         self._freed.clear()
         now = self._clock()
@@ -307,6 +327,17 @@ class Admission:
             waiter.on_regroup(now)
         for endpoint in self._lines:
             self.freed(endpoint)
+
+    def waiting_by_pool(self) -> Iterable[tuple[str, int]]:
+        """Return how many wait for each pool that has a name; those that are started for them are always there."""
+        counts = dict.fromkeys((wake.pool for wake in self.pool.wakes.values()), 0)
+        for group, count in self.queue.lines():
+            assert isinstance(group, Group)
+            name = group.wake.pool if group.wake is not None else ""
+            name = name or (group.endpoints[0].spec.pool if group.endpoints else "")
+            if name:
+                counts[name] = counts.get(name, 0) + count
+        return counts.items()
 
     def waiting(self) -> Iterable[tuple[str, int]]:
         """Return how many of each class wait."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
+
+import msgspec
 
 from adapters.catalogue import Catalogue, Model
 from engines.protocol import Capability, Engine, EngineLoad, Target
@@ -284,13 +286,24 @@ def _bounded(rules: ConcurrencyRules, spec: EndpointSpec) -> ConcurrencyRules:
     return replace(rules, most=most, least=min(rules.least, most))
 
 
+class Wake(msgspec.Struct, frozen=True):
+    """Of a pool whose engines are started when somebody waits for them: its name, how many seconds that may take, and
+    the paths that they will serve."""
+
+    pool: str
+    seconds: float
+    paths: frozenset[str]
+
+
 class Group:
     """Endpoints that can serve the same requests: whoever waits for them stands in one line."""
 
-    __slots__ = ("chosen", "endpoints", "measured")
+    __slots__ = ("chosen", "endpoints", "measured", "wake")
 
-    def __init__(self, endpoints: tuple[Endpoint, ...]) -> None:
+    def __init__(self, endpoints: tuple[Endpoint, ...], wake: Wake | None = None) -> None:
         self.endpoints = endpoints
+        self.wake = wake
+        """Not None: they are worth waiting for even while none of them is there."""
         self.chosen = len(endpoints) > 1
         """Whether there is a choice."""
         self.measured = self.chosen or any(endpoint.watched for endpoint in endpoints)
@@ -306,7 +319,9 @@ class Pool:
         self.endpoints: list[Endpoint] = []
         self._by_model: dict[str, tuple[Endpoint, ...]] = {}
         self._able: dict[tuple[str, str, bool, str], Group] = {}
-        self._groups: dict[tuple[Endpoint, ...], Group] = {}
+        self._groups: dict[tuple[tuple[Endpoint, ...], Wake | None], Group] = {}
+        self.wakes: Mapping[str, Wake] = {}
+        """The models whose engines are started when somebody waits for them."""
         self._turn = 0
         self.gives = ConcurrencyRules()
         self.gateways = 1
@@ -385,7 +400,10 @@ class Pool:
     def pool_of(self, model: str) -> str:
         """Return the name of the pool of engines that serve a model, as the first of them says it."""
         serving = self._by_model.get(model)
-        return serving[0].spec.pool if serving else ""
+        if serving:
+            return serving[0].spec.pool
+        wake = self.wakes.get(model)
+        return wake.pool if wake is not None else ""
 
     def choose(
         self, model: str, path: str, tried: Collection[Endpoint], now: float = inf, *, salted: bool = False
@@ -415,20 +433,36 @@ class Pool:
                 for endpoint in serving
                 if endpoint.offers(model, path, salted) and device in ("", endpoint.spec.device)
             )
-            group = self._able[model, path, salted, device] = self.group_of(able)
+            wake = self.wakes.get(model)
+            if wake is not None and (path not in wake.paths or (serving and not able)):
+                wake = None
+            group = self._able[model, path, salted, device] = self.group_of(able, wake)
         return group
 
-    def group_of(self, endpoints: tuple[Endpoint, ...]) -> Group:
+    def group_of(self, endpoints: tuple[Endpoint, ...], wake: Wake | None = None) -> Group:
         """Return the group of these endpoints."""
-        group = self._groups.get(endpoints)
+        group = self._groups.get((endpoints, wake))
         if group is None:
-            group = self._groups[endpoints] = Group(endpoints)
+            group = self._groups[endpoints, wake] = Group(endpoints, wake)
         return group
+
+    def wake_for(self, models: Mapping[str, Wake], created: int) -> None:
+        """Take the models whose engines are started when somebody waits for them, all there are."""
+        self.catalogue.learn(Model(name, created) for name in models)
+        if models != self.wakes:
+            self.wakes = dict(models)
+            self.index()
+
+    def came_up(self, endpoint: Endpoint) -> None:
+        """Take that an endpoint is there that was not: whoever waited for it to start waits anew, for a line's pace
+        while nobody was served says nothing."""
+        if any(model in self.wakes for model in endpoint.models):
+            self.index()
 
     @property
     def ready(self) -> bool:
-        """Whether any endpoint can be given work."""
-        return any(endpoint.healthy and not endpoint.holds for endpoint in self.endpoints)
+        """Whether any endpoint can be given work, or may be woken by it."""
+        return bool(self.wakes) or any(endpoint.healthy and not endpoint.holds for endpoint in self.endpoints)
 
     def close(self) -> None:
         """Close every connection to every engine."""

@@ -317,11 +317,14 @@ class Relay:
         """Wait for an endpoint to have room; ``failure`` is what the last attempt brought."""
         # One that was tried already and has room is none that it waits for.
         left = tuple(endpoint for endpoint in group.endpoints if endpoint not in self._tried)
-        waits_for = group if len(left) == len(group.endpoints) else self._pool.group_of(left)
+        waits_for = group if len(left) == len(group.endpoints) else self._pool.group_of(left, group.wake)
         self._failure = failure
         hold = self._ticket.hold
         weight = hold.weight if hold is not None else 1.0
-        item = self._admission.place(self._ticket, self._order.terms, weight, self._size(), now, self)
+        item = self._admission.place(self._ticket, group, self._order.terms, weight, self._size(), now, self)
+        if self._turn is not None and self._turn.deadline > item.deadline:
+            # What it was granted before stays, such as for engines to start.
+            item.deadline = self._turn.deadline
         if failure is not None or self._charged is not None:
             # What it costs its tenant was charged with its first turn.
             item.cost = 0.0
@@ -373,6 +376,8 @@ class Relay:
         assert self._turn is not None
         waited = now - self._turn.arrived
         self._ticket.waited += waited
+        if self._failure is None and self._admission.asleep(self._group()):
+            self._failure = self._no_engine()
         self._fail(self._failure or slow_down(rejected, self._order.model, waited), now)
 
     def _send(self, endpoint: Endpoint, now: float, *, fresh: bool) -> None:
@@ -566,6 +571,9 @@ class Relay:
             then = decide(cause, len(self._tried), retries, replayed=self._replayed, others=others)
             if then in _AGAIN and not self._admission.may_retry(now):
                 then = Next.GIVE_UP
+            if cause is Cause.CONNECT and self._group().wake is not None:
+                # Nothing speaks against it but that it is not there yet.
+                self._tried.remove(endpoint)
         if then is Next.SAME:
             self._replayed = True
             before = self._ticket.tried[-1]

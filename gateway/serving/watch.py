@@ -90,8 +90,10 @@ class Watcher:
         else:
             endpoint.up(self._clock())
         self._metrics.endpoint_state(endpoint.name, endpoint.healthy, endpoint.in_flight)
-        if was_seen and endpoint.healthy and not was_healthy and self._pool.on_return is not None:
-            self._pool.on_return(endpoint)
+        if endpoint.healthy and not was_healthy:
+            if was_seen and self._pool.on_return is not None:
+                self._pool.on_return(endpoint)
+            self._pool.came_up(endpoint)
         if endpoint.healthy and not (was_healthy and was_seen):
             self._log.say("info", "endpoint_up", endpoint=endpoint.name, models=sorted(endpoint.models))
         elif was_healthy and not endpoint.healthy:

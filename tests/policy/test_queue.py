@@ -243,6 +243,10 @@ def test_who_would_wait_too_long_is_refused_at_once_and_told_when_it_would_do() 
     refused = queue.enter("line", impatient, now)
     assert isinstance(refused, Rejected)
     assert refused.why is Why.LATE
+    # The pace says nothing to one who waits for engines that are not there yet.
+    patient = item("past", now, patience=4.0)
+    patient.patient = True
+    assert queue.look("line", patient, now) is None
     assert round(refused.wait, 3) == 10.0
     assert round(refused.retry_after, 3) == 6.1
     # Another tenant shares with it and waits no longer than both need for one request.
