@@ -489,6 +489,7 @@ def edge_rules(settings: Settings) -> EdgeRules:
             event=bounds.event,
         ),
         models=published(settings.models),
+        debug_for_all=settings.routing.debug == "everybody",
         mirrors=MirrorRules(bounds.mirrors, bounds.mirror_bytes),
     )
 

@@ -105,9 +105,10 @@ class Operator:
         asked = {"model": model} | ({"key": key} if key is not None else {})
         return self._ask("GET", f"/admin/limits?{urlencode(asked)}")
 
-    def route(self, model: str, path: str, body: bytes) -> dict[str, Any]:
+    def route(self, model: str, path: str, body: bytes, key: str | None = None) -> dict[str, Any]:
         """Where a request would be sent, as `POST /admin/route` tells it. OperateError where there is no such model."""
-        return self._ask("POST", f"/admin/route?{urlencode({'model': model, 'path': path})}", content=body)
+        query = {"model": model, "path": path} | ({"key": key} if key is not None else {})
+        return self._ask("POST", f"/admin/route?{urlencode(query)}", content=body)
 
     def explain(self, request_id: str) -> dict[str, Any]:
         """One request, as `GET /admin/requests/ID` tells it. OperateError when it is not known."""

@@ -575,6 +575,14 @@ class Capacity(Section):
     """What it is given at most, and always where no target is set."""
 
 
+class Routing(Section):
+    """How requests are sent to engines."""
+
+    debug: Literal["admin", "everybody"] = "admin"
+    """Who may ask by `x-forebay-debug: route` how a request was routed: admin keys, or everybody. The answer's
+    `x-forebay-route` names engines."""
+
+
 def _default_data_dir() -> Path:
     home = os.environ.get("FOREBAY_HOME")
     return Path(home).expanduser() if home else Path.home() / ".local" / "share" / "forebay"
@@ -636,6 +644,8 @@ class Settings(Described, BaseSettings):
     """Requests that wait while no engine has room for them."""
     capacity: Capacity = Capacity()
     """How much an engine is given at once."""
+    routing: Routing = Routing()
+    """How requests are sent to engines."""
 
     @classmethod
     def settings_customise_sources(

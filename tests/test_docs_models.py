@@ -13,6 +13,7 @@ from gateway.models import published
 from gateway.policy.split import Arm
 from gateway.settings import Settings
 from gateway.state.usage import read_by
+from tests.support.command import forebay
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "models.md").read_text()
@@ -54,3 +55,9 @@ def test_what_it_says_can_be_seen_is_there() -> None:
 def test_its_links_lead_somewhere() -> None:
     targets = re.findall(r"\]\(([^)#]+)", PAGE)
     assert [target for target in targets if not (DOCS / target).exists()] == []
+
+
+def test_its_command_is_one() -> None:
+    (words,) = re.findall(r"`forebay (route explain[^`]*)`", PAGE)
+    assert forebay(*words.split(), "--help").exit_code == 0
+    assert forebay(*words.split(), "--keys", "--help").exit_code == 2

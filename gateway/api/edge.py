@@ -64,6 +64,8 @@ class EdgeRules:
     relay: RelayLimits = field(default_factory=RelayLimits)
     models: Mapping[str, Published] = field(default_factory=dict)
     """The names that something is said of beyond the model of that name."""
+    debug_for_all: bool = False
+    """Whether keys that are no admin's may ask how a request was routed."""
     mirrors: MirrorRules = field(default_factory=MirrorRules)
 
 
@@ -165,6 +167,10 @@ class Edge:
             refusal = read_patience(headers, request)
             if refusal is not None:
                 return Refused(route, ticket, refusal)
+        if b"x-forebay-debug" in headers:
+            refusal = self._debug(headers[b"x-forebay-debug"], request)
+            if refusal is not None:
+                return Refused(route, ticket, refusal)
         if length is not None and length > self.rules.offload_above:
             request.reserved = length
             self._held += length
@@ -172,6 +178,16 @@ class Edge:
         ticket.let_in_at = now = self.deadlines.clock()
         self._auth_time.observe(now - ticket.started)
         return request
+
+    def _debug(self, asked: bytes, request: Request) -> Refusal | None:
+        """Note that a request wants to know how it was routed, if it may."""
+        if asked.strip().lower() != b"route":
+            return Refusal(Kind.INVALID, "'x-forebay-debug' knows 'route' alone. Leave it out, or write that.")
+        if not (request.who.admin or self.rules.debug_for_all):
+            told = "Only admin keys may ask how a request was routed. Leave 'x-forebay-debug' out."
+            return Refusal(Kind.NO_ADMIN, told)
+        request.ticket.debug = True
+        return None
 
     @staticmethod
     def _too_large(size: int, limit: int) -> Refusal | None:

@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.minder import DRAINING, MAX_WAIT, READY, SERVING
 from engines.minding import MinderError
+from gateway.api.auth import ANONYMOUS
 from gateway.api.edge import Edge
 from gateway.errors import Kind, Refusal
 from gateway.serving.minded import Minders
 from gateway.serving.pool import Endpoint
+from gateway.state.keys import KeyRecord
 
 HOLD = "command"
 """Under which name an operator keeps requests from an endpoint."""
@@ -52,6 +54,17 @@ class Patience(BaseModel):
 def _edge(request: Request) -> Edge:
     edge: Edge = request.app.state.edge
     return edge
+
+
+def find_key(edge: Edge, name: str | None) -> KeyRecord:
+    """Return the key of an id or name; None: of whoever has none. Raises Refused unless there is exactly one."""
+    if name is None:
+        return ANONYMOUS
+    found = edge.authenticator.named(name)
+    if len(found) != 1:
+        told = f"{len(found)} keys are called {name!r}; name one by its id." if found else f"There is no key {name!r}."
+        raise Refused(Refusal(Kind.NOT_FOUND, f"{told} `forebay keys list` shows them.", "key"))
+    return found[0]
 
 
 def require_admin(request: Request) -> None:

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from gateway.api.auth import ANONYMOUS
 from gateway.api.edge import Edge
-from gateway.api.endpoints import Refused, require_admin
-from gateway.errors import Kind, Refusal, no_model
+from gateway.api.endpoints import Refused, find_key, require_admin
+from gateway.errors import no_model
 from gateway.policy.limits import UNIT, Counts, Limit
 from gateway.policy.token_bucket import NEVER, SECOND, Bucket, spare, wait
 
@@ -27,15 +26,7 @@ async def explain_limits(
     edge: Edge = request.app.state.edge
     if edge.pool.catalogue.resolve(model) is None:
         raise Refused(no_model(model))
-    who = ANONYMOUS
-    if key is not None:
-        found = edge.authenticator.named(key)
-        if len(found) != 1:
-            told = (
-                f"{len(found)} keys are called {key!r}; name one by its id." if found else f"There is no key {key!r}."
-            )
-            raise Refused(Refusal(Kind.NOT_FOUND, f"{told} `forebay keys list` shows them.", "key"))
-        (who,) = found
+    who = find_key(edge, key)
     plan = edge.plan(who, model, client, edge.lineup(model, {}, who, client))
     limits = [_describe(limit, bucket) for limit, bucket in await edge.limiter.explain(plan)]
     return {

@@ -8,11 +8,12 @@ import msgspec
 from fastapi import APIRouter, Depends, Query, Request
 
 from gateway.api.edge import Edge
-from gateway.api.endpoints import Refused, require_admin
+from gateway.api.endpoints import Refused, find_key, require_admin
 from gateway.api.routes import RELAYED
 from gateway.errors import Kind, Refusal, no_model
 from gateway.policy.estimate import Estimator
 from gateway.policy.routing import Scored
+from gateway.policy.split import Arm
 from gateway.serving.jobs import job_of
 from gateway.serving.pool import Endpoint
 
@@ -29,6 +30,7 @@ async def explain_route(
     request: Request,
     model: Annotated[str, Query(description="A model's public name")],
     path: Annotated[str, Query(description="The path it would be sent to")] = "/v1/chat/completions",
+    key: Annotated[str | None, Query(description="A key's name or id; without one, as for nobody known")] = None,
     trust_domain: Annotated[str | None, Query(description="The trust domain of its key")] = None,
 ) -> dict[str, Any]:
     """Tell who would serve it now and why, by this replica's knowledge. Nothing is sent, nothing is learnt of it.
@@ -46,14 +48,18 @@ async def explain_route(
     except (ValueError, RecursionError):
         raise Refused(Refusal(Kind.INVALID, "The body is no JSON object. Send that of a request, or none.")) from None
     admission, salt = edge.admission, trust_domain
-    group = edge.pool.group(model, path, salt is not None)
-    prompt = Estimator().of("", model).prompt(len(body), 0)
-    job = job_of(fields, model, salt, (prompt, _ASSUMED_OUTPUT), chosen=True)
+    lineup = edge.lineup(model, fields, find_key(edge, key), "") or (Arm(model),)
+    served = lineup[0].model
+    group = edge.pool.group(served, path, salt is not None, lineup[0].device)
+    prompt = Estimator().of("", served).prompt(len(body), 0)
+    job = job_of(fields, served, salt, (prompt, _ASSUMED_OUTPUT), chosen=True)
     now = edge.deadlines.clock()
     choice = admission.would_choose(group, job, now)
     scored = {one.endpoint: one for one in choice.scored} if choice is not None else {}
     return {
         "model": model,
+        "served": served,
+        "fallback": [arm.model for arm in lineup[1:]],
         "path": path,
         "endpoint": choice.endpoint.name if choice is not None else None,
         "waiting": admission.queue.waiting(group),

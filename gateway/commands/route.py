@@ -26,6 +26,9 @@ def route_explain(
         Path | None, typer.Option("--body", help="A request's body as JSON: whose cache holds it counts then.")
     ] = None,
     path: Annotated[str, typer.Option("--path", help="The path it would be sent to.")] = "/v1/chat/completions",
+    key: Annotated[
+        str | None, typer.Option("--key", help="A key's name or id: which model a name stands for may depend on it.")
+    ] = None,
     as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -41,12 +44,15 @@ def route_explain(
     content = _read(body) if body is not None else b""
     url, admin_key = find_gateway(load(configuration_file(config)))
     with contextlib.closing(Operator(url, admin_key)) as operator:
-        told = operator.route(model, path, content)
+        told = operator.route(model, path, content, key)
     if as_json:
         print_json(told)
         return
     waiting = f"; {told['waiting']} wait" if told["waiting"] else ""
-    typer.echo(f"{told['model']} on {told['path']}: {told['endpoint'] or 'nobody has room'}{waiting}")
+    named = f"{told['model']} ({told['served']})" if told["served"] != told["model"] else told["model"]
+    typer.echo(f"{named} on {told['path']}: {told['endpoint'] or 'nobody has room'}{waiting}")
+    if told["fallback"]:
+        typer.echo(f"falls back on {', '.join(told['fallback'])}")
     heads = ("endpoint", "state", "in flight", "first token in", "cached", "cost")
     print_table(heads, [_row(one, told["blocks"]) for one in told["data"]])
 

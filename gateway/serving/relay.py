@@ -32,6 +32,7 @@ from gateway.policy.split import Arm
 from gateway.serving.admission import USUAL, Admission, Terms, slow_down
 from gateway.serving.answer import AnswerError, read_answer
 from gateway.serving.deadlines import NEVER, Deadlines
+from gateway.serving.debug import route_line
 from gateway.serving.dialect import Route
 from gateway.serving.jobs import NOTHING_TOLD, job_of
 from gateway.serving.meter import Meter, Usage
@@ -774,6 +775,8 @@ class Relay:
         more = ticket.hold.headers if ticket.hold is not None else b""
         if self._order.lineup:
             more += model_line(self._model)
+        if ticket.debug:
+            more += route_line(ticket, self._model)
         return (_STREAM_HEAD if stream else _WHOLE_HEAD) % (
             ticket.request_id.encode("ascii"),
             int((now - ticket.started) * 1000),

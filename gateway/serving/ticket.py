@@ -111,6 +111,7 @@ class Ticket:
         "client",
         "client_request_id",
         "cost",
+        "debug",
         "ended",
         "endpoint",
         "error",
@@ -185,6 +186,8 @@ class Ticket:
         """The model that serves it, where its name stands for several."""
         self.via = ""
         """How it came to that: empty (its own name), `route`, `fallback` or `mirror`."""
+        self.debug = False
+        """Whether its answer tells how it was routed."""
         self.mirrors = ""
         """The request that this one is a copy of."""
         self.attempts = 0

@@ -14,7 +14,7 @@ from gateway.metrics import Metrics
 from gateway.models import PublicModel, published
 from gateway.serving.explain import explanation, row_of
 from gateway.serving.jobs import subject_of
-from gateway.settings import Health, KeySettings, Queue, Timeouts
+from gateway.settings import Health, KeySettings, Queue, Routing, Timeouts
 from tests.conftest import Connect
 from tests.support.gateway import AUTH, CHAT, KEY, Gateway, StartGateway, chat, relayed, serving, until
 from tests.support.journal import Journal
@@ -266,3 +266,71 @@ async def test_names_change_while_requests_run(
     assert (await client.response()).header("x-forebay-model") == "large"
     gateway.replica._apply(gateway.replica.settings.model_copy(update={"models": {}}))
     assert (await gateway.ask(chat(model="support"))).status == 404
+
+
+# --- told ------------------------------------------------------------------------------------------------------------
+
+ROOT = (("authorization", "Bearer fb-root-secret"),)
+ASK = (("x-forebay-debug", "route"),)
+
+
+async def test_an_answer_tells_how_it_was_routed_to_whoever_may_ask(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, second: ScriptedUpstream
+) -> None:
+    """The engine, those it was compared with, and what failed before; errors tell it too. Nothing else is asked for."""
+    root = KeySettings(name="root", key=SecretStr("fb-root-secret"), admin=True)
+    for one in (upstream, second):
+        one.always(json_answer(ANSWER), path=CHAT)
+    gateway = await start_gateway(
+        serving(upstream, models={"large": "x"}, name="one"),
+        serving(second, models={"large": "x"}, name="two"),
+        keys=(*KEYS, root),
+    )
+    answers(503)(upstream)
+    told = [
+        json.loads((await gateway.ask(chat(model="large"), headers=(*ROOT, *ASK))).header("x-forebay-route") or "")
+        for _ in range(2)
+    ]
+    assert {one["endpoint"] for one in told} == {"two"}
+    (retried,) = [one for one in told if one["attempts"] == 2]
+    assert retried["failed"] == [["one", "overloaded"]]
+    compared = [candidate for one in told for candidate in one["candidates"]]
+    assert {one["endpoint"] for one in compared} == {"one", "two"}
+    assert all({"cost_ms", "ttft_ms", "used", "cached", "home"} <= one.keys() for one in compared)
+    second.always(json_answer(b'{"error":{"message":"no"}}', status=400), path=CHAT)
+    gateway.replica.pool.endpoints[0].down("as the test says")
+    wrong = await gateway.ask(chat(model="large"), headers=(*ROOT, *ASK))
+    assert (wrong.status, json.loads(wrong.header("x-forebay-route") or "")["failed"]) == (400, [["two", "request"]])
+    assert (await gateway.ask(chat(model="large"), headers=ROOT)).header("x-forebay-route") is None
+    assert (await gateway.ask(chat(model="large"), headers=(*AUTH, *ASK))).status == 403
+    assert (await gateway.ask(chat(), headers=(*ROOT, ("x-forebay-debug", "all")))).status == 400
+    everybody = gateway.replica.settings.model_copy(update={"routing": Routing(debug="everybody")})
+    gateway.replica._apply(everybody)
+    allowed = await gateway.ask(chat(model="large"), headers=(*AUTH, *ASK))
+    assert json.loads(allowed.header("x-forebay-route") or "")["endpoint"] == "two"
+
+
+async def test_what_a_name_stands_for_is_explained_before_a_request_is_sent(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, second: ScriptedUpstream
+) -> None:
+    """For a key, by what its requests say; with the models it would fall back on, of those the key may use."""
+    root = KeySettings(name="root", key=SecretStr("fb-root-secret"), admin=True)
+    for one in (upstream, second):
+        one.always(json_answer(ANSWER), path=CHAT)
+    canary = CANARY.model_copy(update={"sticky": "session", "fallback": ("large", "next")})
+    gateway = await start_gateway(
+        serving(upstream, models={"large": "x"}, name="one"),
+        serving(second, models={"next": "x"}, name="two"),
+        keys=(*KEYS, root),
+        models={"support": canary},
+    )
+    engines = {"large": "one", "next": "two"}
+    for number in range(4):
+        body = chat(model="support", prompt_cache_key=f"s{number}")
+        served = (await gateway.ask(body)).header("x-forebay-model")
+        told = (await gateway.admin("POST", "/admin/route?model=support", body, key="fb-root-secret")).json()
+        assert (told["served"], told["endpoint"]) == (served, engines[told["served"]])
+        assert told["fallback"] == [model for model in engines if model != served]
+    told = (await gateway.admin("POST", "/admin/route?model=support&key=bob", body, key="fb-root-secret")).json()
+    assert told["fallback"] == ([] if told["served"] == "large" else ["large"])
+    assert (await gateway.admin("POST", "/admin/route?model=support&key=no", key="fb-root-secret")).status == 404
