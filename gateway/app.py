@@ -516,6 +516,7 @@ def endpoint_spec(upstream: Upstream) -> EndpointSpec:
         pool=upstream.pool or "",
         max_running=upstream.max_running,
         device=upstream.device or "",
+        max_model_len=upstream.max_model_len,
     )
 
 

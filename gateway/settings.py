@@ -207,6 +207,8 @@ class Upstream(Section):
     here, or go to another engine."""
     device: Literal["cpu", "cuda", "ascend"] | None = None
     """What it computes on, for routes that name a device (`models`)."""
+    max_model_len: Count | None = None
+    """Longest context of its models in tokens; an engine that is asked for its models says it itself."""
     wakeable: bool = False
     """Whether its engines are started when requests wait for them, as an autoscaler does by
     `forebay_pool_waiting`: while none is there requests wait, rather than being refused."""

@@ -33,8 +33,8 @@ from gateway.policy.split import Arm
 from gateway.serving.admission import Admission, slow_down
 from gateway.serving.deadlines import Deadlines
 from gateway.serving.dialect import Route
-from gateway.serving.jobs import subject_of
-from gateway.serving.limiter import Facts, Hold, Limiter, Plan, read_facts, who_asks
+from gateway.serving.jobs import needs_of, subject_of
+from gateway.serving.limiter import Facts, Hold, Limiter, Plan, context_of, read_facts, who_asks
 from gateway.serving.mirror import MirrorRules, Mirrors
 from gateway.serving.pending import Pending
 from gateway.serving.pool import Pool
@@ -320,6 +320,9 @@ class Edge:
         first: Rejected | None = None
         for arm in lineup or (Arm(asked.model),):
             group = self.pool.group(arm.model, path, salted, arm.device)
+            if arm.model in self.pool.uneven:
+                context = context_of(facts, size.prompt)
+                group = self.admission.fitting(group, arm.model, needs_of(facts.fields), context)
             if first is not None and not self.admission.hopeful(group, ()):
                 continue
             tokens = size.prompt, size.output

@@ -14,7 +14,7 @@ from gateway.errors import Kind, Refusal, no_model
 from gateway.policy.estimate import Estimator
 from gateway.policy.routing import Scored
 from gateway.policy.split import Arm
-from gateway.serving.jobs import job_of
+from gateway.serving.jobs import job_of, needs_of
 from gateway.serving.pool import Endpoint
 
 ROUTE = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(require_admin)])
@@ -51,6 +51,8 @@ async def explain_route(
     lineup = edge.lineup(model, fields, find_key(edge, key), "") or (Arm(model),)
     served = lineup[0].model
     group = edge.pool.group(served, path, salt is not None, lineup[0].device)
+    if served in edge.pool.uneven:
+        group = admission.fitting(group, served, needs_of(fields), (0, 0))
     prompt = Estimator().of("", served).prompt(len(body), 0)
     job = job_of(fields, served, salt, (prompt, _ASSUMED_OUTPUT), chosen=True)
     now = edge.deadlines.clock()

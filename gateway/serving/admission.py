@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from engines.protocol import Capability
 from gateway.errors import Kind, Refusal
 from gateway.metrics import Metrics
 from gateway.policy.concurrency import ConcurrencyRules
@@ -149,6 +150,13 @@ class Admission:
         if group.wake is not None and not tried:
             return True
         return any(one.healthy and not one.holds for one in group.endpoints if one not in tried)
+
+    def fitting(self, group: Group, model: str, needs: Capability, context: tuple[int, int]) -> Group:
+        """Return those of a group that can serve a request, where they are not alike. ``context``: the tokens that it
+        needs at the very least, and probably: a context that is probably too short serves while no other can."""
+        least, likely = context
+        fit = self.pool.fitting(group, model, needs, likely)
+        return fit if self.hopeful(fit, ()) else self.pool.fitting(group, model, needs, least)
 
     @staticmethod
     def asleep(group: Group) -> bool:

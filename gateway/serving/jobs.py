@@ -6,7 +6,7 @@ import zlib
 
 import msgspec
 
-from engines.protocol import Fields
+from engines.protocol import Capability, Fields
 from gateway.policy.prefix import BLOCK, MOST_BLOCKS, block_hashes
 from gateway.policy.routing import Job
 
@@ -14,6 +14,17 @@ _READ = ("tools", "system", "instructions", "messages", "prompt", "input")
 """The fields that become a prompt, in the order in which templates put them there."""
 _MOST = BLOCK * MOST_BLOCKS
 _NULL = b"null"
+_NO_TOOLS = frozenset({_NULL, b"[]"})
+_NONE = frozenset({_NULL, b"false", b"0"})
+_NEEDS = {
+    "tools": (Capability.TOOLS, _NO_TOOLS),
+    "tool_choice": (Capability.FORCED_TOOLS, frozenset({_NULL, b'"auto"', b'"none"'})),
+    "logprobs": (Capability.LOGPROBS, _NONE),
+    "top_logprobs": (Capability.LOGPROBS, _NONE),
+    "n": (Capability.SEVERAL_ANSWERS, frozenset({_NULL, b"1"})),
+    "stop": (Capability.STOP_WORDS, _NO_TOOLS),
+}
+"""Fields that need something of an engine, and what they say where they do not."""
 NOTHING_TOLD = Job(0, 0)
 """Where there is no choice."""
 
@@ -26,6 +37,19 @@ def job_of(fields: Fields, model: str, salt: str | None, size: tuple[int, int], 
     key = fields.get("prompt_cache_key")
     session = zlib.crc32(key) if key is not None and bytes(key) != _NULL else 0
     return Job(*size, _blocks(fields, model, salt), session)
+
+
+def needs_of(fields: Fields) -> Capability:
+    """Return what an engine must be able to do for a request beyond a plain answer."""
+    needs = Capability(0)
+    for name, (need, nothing) in _NEEDS.items():
+        told = fields.get(name)
+        if told is not None and bytes(told) not in nothing:
+            needs |= need
+    schema = fields.get("response_format")
+    if schema is not None and b'"json_schema"' in bytes(schema):
+        needs |= Capability.JSON_SCHEMA
+    return needs
 
 
 def subject_of(fields: Fields, by_session: bool, key: str) -> int:

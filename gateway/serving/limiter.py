@@ -169,6 +169,11 @@ class Hold:
         """What its tenant's share weighs where tenants wait for the same."""
         return self._plan.weight
 
+    def context(self) -> tuple[int, int]:
+        """Return the tokens of context that it needs for one answer: at the very least, and probably."""
+        prompt, _ = self.expected()
+        return context_of(self._facts, prompt)
+
     def copied(self) -> Unbilled:
         """Return what a copy of the request holds."""
         return Unbilled(self._limiter, self._plan, self._facts, self._size, None, (), None)
@@ -482,6 +487,18 @@ def read_facts(
     answers, counted = _answers(route, fields), _counted(fields)
     least = (text // LONGEST_TOKEN if counted is None else counted) + (stated or 0) * answers
     return Facts(route, model, fields, text, parts, answers, stated, counted, first, least)
+
+
+def context_of(facts: Facts, prompt: int) -> tuple[int, int]:
+    """Return the tokens of context that a request needs for one answer: at the very least, and probably, with a prompt
+    estimated at so many tokens."""
+    if not facts.route.token_fields:
+        return 0, 0
+    stated = facts.stated or 0
+    # Of several prompts each is by itself, and one of them at least as long as the mean.
+    prompts = count_prompts(facts.fields.get("prompt"))
+    least = (facts.least - stated * facts.answers) // prompts
+    return least + stated, max(least, prompt // prompts) + stated
 
 
 def who_asks(plan: Plan, body: bytes) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -23,10 +24,20 @@ from gateway.policy.concurrency import (
     hear,
     without_old_word,
 )
+from gateway.policy.fit import able, roomy
 from gateway.policy.routing import least_loaded
 from gateway.policy.scorers import Slots
 from gateway.serving.upstream import Address, Connections
 
+ASKED_FOR = (
+    Capability.TOOLS
+    | Capability.FORCED_TOOLS
+    | Capability.JSON_SCHEMA
+    | Capability.LOGPROBS
+    | Capability.STOP_WORDS
+    | Capability.SEVERAL_ANSWERS
+)
+"""What a request may need of an engine."""
 WHOLE = 32
 """Tokens of a whole answer from which on its time is mostly that between them."""
 OLDEST_WORD = 10.0
@@ -61,6 +72,8 @@ class EndpointSpec:
     pool: str = ""
     device: str = ""
     """What it computes on; empty: not told."""
+    max_model_len: int | None = None
+    """Longest context of its models in tokens, where it is not asked."""
     max_running: int | None = None
     """Requests it may be given at once, whatever is learnt of it."""
 
@@ -115,6 +128,8 @@ class Endpoint:
         self.trouble = "" if self.healthy else "not asked yet"
         self.models: dict[str, Target] = {}
         """What it serves: public name, how a request for it names it."""
+        self.lengths: dict[str, int] = {}
+        """Longest context in tokens of those of its models that tell it, by public name."""
         self.on_trouble: Callable[[], None] | None = None
         """Called when a request finds that it cannot be reached."""
         self._heads: dict[str, bytes] = {}
@@ -223,6 +238,10 @@ class Endpoint:
             return False
         return self.models[model].adapter is None or path not in engine.base_only_paths
 
+    def length(self, model: str) -> int | None:
+        """Return the longest context of a model in tokens, None: it is not known."""
+        return self.lengths.get(model, self.spec.max_model_len)
+
     def name_models(self, models: Iterable[tuple[str, Target]]) -> None:
         """Set what it serves."""
         self.models = dict(models)
@@ -318,6 +337,10 @@ class Pool:
         self._rules = rules or HealthRules()
         self.endpoints: list[Endpoint] = []
         self._by_model: dict[str, tuple[Endpoint, ...]] = {}
+        self.uneven: frozenset[str] = frozenset()
+        """The models whose endpoints are not alike in what they can do, or in their context."""
+        self._lengths: dict[str, list[int]] = {}
+        self._fitting: dict[tuple[Group, str, Capability, int], Group] = {}
         self._able: dict[tuple[str, str, bool, str], Group] = {}
         self._groups: dict[tuple[tuple[Endpoint, ...], Wake | None], Group] = {}
         self.wakes: Mapping[str, Wake] = {}
@@ -384,6 +407,14 @@ class Pool:
             for public in endpoint.models:
                 table.setdefault(public, []).append(endpoint)
         self._by_model = {public: tuple(endpoints) for public, endpoints in table.items()}
+        self.uneven = frozenset(
+            public
+            for public, endpoints in table.items()
+            if len({(one.engine.capabilities & ASKED_FOR, one.length(public)) for one in endpoints}) > 1
+        )
+        lengths = ((public, [one.length(public) for one in table[public]]) for public in self.uneven)
+        self._lengths = {public: sorted({length for length in told if length is not None}) for public, told in lengths}
+        self._fitting = {}
         self._able = {}
         self._groups = {}
         if self.on_index is not None:
@@ -445,6 +476,21 @@ class Pool:
         if group is None:
             group = self._groups[endpoints, wake] = Group(endpoints, wake)
         return group
+
+    def fitting(self, group: Group, model: str, needs: Capability, tokens: int) -> Group:
+        """Return those of a group that can do what is needed, with a context that holds so many tokens."""
+        # All that need more than one length and no more than the next find the same.
+        key = group, model, needs, bisect_left(self._lengths[model], tokens)
+        found = self._fitting.get(key)
+        if found is None:
+            endpoints = group.endpoints
+            can = [
+                endpoints[place] for place in able([one.engine.capabilities.value for one in endpoints], needs.value)
+            ]
+            fit = tuple(can[place] for place in roomy([one.length(model) for one in can], tokens))
+            found = group if len(fit) == len(endpoints) else self.group_of(fit, group.wake)
+            self._fitting[key] = found
+        return found
 
     def wake_for(self, models: Mapping[str, Wake], created: int) -> None:
         """Take the models whose engines are started when somebody waits for them, all there are."""

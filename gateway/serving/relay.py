@@ -34,7 +34,7 @@ from gateway.serving.answer import AnswerError, read_answer
 from gateway.serving.deadlines import NEVER, Deadlines
 from gateway.serving.debug import route_line
 from gateway.serving.dialect import Route
-from gateway.serving.jobs import NOTHING_TOLD, job_of
+from gateway.serving.jobs import NOTHING_TOLD, job_of, needs_of
 from gateway.serving.meter import Meter, Usage
 from gateway.serving.pool import Endpoint, Group, Pool
 from gateway.serving.redact import redact
@@ -260,7 +260,12 @@ class Relay:
 
     def _group(self) -> Group:
         order = self._order
-        return self._pool.group(self._model, order.route.path, order.cache_salt is not None, self._device)
+        group = self._pool.group(self._model, order.route.path, order.cache_salt is not None, self._device)
+        if self._model in self._pool.uneven:
+            hold = self._ticket.hold
+            context = hold.context() if hold is not None else (0, 0)
+            return self._admission.fitting(group, self._model, needs_of(order.fields), context)
+        return group
 
     def _fall_back(self, now: float, *, sound: bool = False) -> bool:
         """Go on with the next model that an engine may serve now (``sound``: one that nothing speaks against); tell

@@ -109,12 +109,15 @@ class Watcher:
             return
         served = engine.read_models((await self._get(endpoint, engine.models_path)).content)
         targets = {model.name: engine.target(model.name, model.base) for model in served}
+        lengths = {model.name: model.max_model_len for model in served if model.max_model_len is not None}
         if endpoint.spec.models is None:
             self._pool.catalogue.learn(Model(model.name, model.created, model.max_model_len) for model in served)
         else:
             targets = _named(endpoint, targets)
-        if targets != endpoint.models:
+            lengths = {public: lengths[own] for public, own in endpoint.spec.models if own in lengths}
+        if targets != endpoint.models or lengths != endpoint.lengths:
             endpoint.name_models(targets.items())
+            endpoint.lengths = lengths
             self._pool.index()
             if missing := [public for public, _ in endpoint.spec.models or () if public not in targets]:
                 self._log.say("warning", "models_missing", endpoint=endpoint.name, models=missing)
