@@ -179,11 +179,13 @@ class Relay:
         self._limits = limits
         self._metrics = metrics
         self._on_done = on_done
-        self._model, self._device = order.model, ""
-        self._rest = order.lineup[1:]
+        lineup = order.lineup
+        if lineup:
+            self._model, self._device = lineup[0].model, lineup[0].device
+        else:
+            self._model, self._device = order.model, ""
+        self._rest = lineup[1:] if lineup else lineup
         """The models to fall back on that are left."""
-        if order.lineup:
-            self._model, self._device = order.lineup[0].model, order.lineup[0].device
         self._state = WAITING
         self._committed = False
         self._endpoint: Endpoint | None = None
