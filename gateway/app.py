@@ -42,6 +42,7 @@ from gateway.metrics import Metrics
 from gateway.models import aliases, published
 from gateway.policy.breaker import BreakerRules
 from gateway.policy.concurrency import ConcurrencyRules, Targets
+from gateway.policy.hedge import HedgeRules
 from gateway.policy.queue import QueueRules
 from gateway.policy.retry import BudgetRules
 from gateway.serving.admission import Admission, AdmissionRules
@@ -550,7 +551,15 @@ def admission_rules(settings: Settings) -> AdmissionRules:
         patience=tuple(one.max_wait for one in (classes.priority, classes.default, classes.flex)),
         output_weight=queue.output_weight,
         retries=BudgetRules(share=settings.stream.retry_share),
+        hedge=_hedge_rules(settings),
     )
+
+
+def _hedge_rules(settings: Settings) -> HedgeRules | None:
+    hedge = settings.stream.hedge
+    if hedge is None:
+        return None
+    return HedgeRules(hedge.after if isinstance(hedge.after, float) else None, hedge.share)
 
 
 def _draw(below: int) -> int:

@@ -105,6 +105,7 @@ class Metrics:
         self._served: dict[tuple[str, str], ServedSeries] = {}
         self._mirrors: dict[str, MirrorSeries] = {}
         self._mirrors_shed: dict[str, int] = {}
+        self._hedges: dict[str, int] = {}
         self._upstream_errors: dict[tuple[str, str], int] = {}
         self._endpoints: dict[str, tuple[bool, int]] = {}
         self._ejections: dict[str, int] = {}
@@ -174,6 +175,10 @@ class Metrics:
     def mirror_shed(self, reason: str) -> None:
         """Count a copy that was not sent: nobody had room for it (`busy`), or enough of them ran (`bound`)."""
         self._mirrors_shed[reason] = self._mirrors_shed.get(reason, 0) + 1
+
+    def hedged(self, result: str) -> None:
+        """Count how a second attempt at a request ended: it `won`, `lost` or `failed`."""
+        self._hedges[result] = self._hedges.get(result, 0) + 1
 
     def served(self, model: str, served: str, via: str, outcome: str, first: float | None) -> None:
         """Count a request for a name that stands for several models: which served it, how it came to that, how it
@@ -277,6 +282,12 @@ class Metrics:
         denied = CounterMetricFamily("forebay_retries_denied", "Retries elsewhere that the budget of retries forbade")
         denied.add_metric([], self.retries_denied)
         yield denied
+        hedges = CounterMetricFamily(
+            "forebay_hedges", "Requests sent to a second engine, by how that ended", labels=["result"]
+        )
+        for result, count in list(self._hedges.items()):
+            hedges.add_metric([result], count)
+        yield hedges
         yield from self._collect_limits()
         yield from self._collect_queue()
         reloads = CounterMetricFamily("forebay_config_reloads", "Configuration reloads", labels=["result"])

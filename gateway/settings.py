@@ -21,7 +21,16 @@ from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    SecretStr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -57,6 +66,7 @@ from gateway.values import (
     UserPath,
     is_address,
     is_loopback,
+    parse_duration,
     read_secret,
     yaml_off,
 )
@@ -437,6 +447,31 @@ class Bounds(Section):
     """Bytes that they may hold together: their bodies, and one `event` each."""
 
 
+def _hedge_after(value: object) -> float | str:
+    if value == "p95":
+        return "p95"
+    try:
+        seconds = parse_duration(value)
+    except ValueError:
+        seconds = 0.0
+    if not seconds:
+        raise ValueError("should be p95, or a duration above zero such as 800ms")
+    return seconds
+
+
+class Hedge(Section):
+    """Requests that are sent to a second engine while the first is silent."""
+
+    after: Annotated[
+        float | Literal["p95"],
+        PlainValidator(_hedge_after),
+        WithJsonSchema({"anyOf": [{"const": "p95"}, {"type": "number", "exclusiveMinimum": 0}, {"type": "string"}]}),
+    ] = "p95"
+    """Silence after which they are: a duration, or `p95`, longer than 95 of 100 answers took to begin lately."""
+    share: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """Share of all requests that may be, at most."""
+
+
 class Stream(Section):
     """How streamed answers are relayed."""
 
@@ -446,6 +481,8 @@ class Stream(Section):
     """Other engines to try while nothing has reached the client."""
     retry_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Share of all requests that may be such tries, and a few a second beside it."""
+    hedge: Hedge | None = None
+    """When a request is sent to a second engine while the first is silent; never when left out."""
 
 
 class Media(Section):

@@ -308,7 +308,7 @@ def test_all_mistakes_are_reported_together_with_full_paths() -> None:
     [
         ({"port": 1}, "port: unknown key; did you mean listen.port or admin.port or engines[].port?"),
         ({"keys": [{"name": "a", "key": "k", "cap": {}}]}, "keys[0].cap: unknown key; did you mean keys[0].caps?"),
-        ({"stream": {"zzz": 1}}, "stream.zzz: unknown key; known here: heartbeat_after, retries, retry_share"),
+        ({"stream": {"zzz": 1}}, "stream.zzz: unknown key; known here: heartbeat_after, retries, retry_share, hedge"),
         (
             {"listen": {"tls": {"certifcate": "a", "private_key": "b", "certificate": "c"}}},
             "listen.tls.certifcate: unknown key; did you mean listen.tls.certificate?",
@@ -369,6 +369,9 @@ def test_a_key_with_two_letters_swapped_is_recognised(data: st.DataObject) -> No
         ({"listen": {"port": 70000}}, "listen.port: should be less than or equal to 65535"),
         ({"keys": [{"name": "a", "sha256": "abc"}]}, "keys[0].sha256: should be 64 hexadecimal digits; type: printf"),
         ({"keys": [{"name": "a", "key": "k", "models": ["a*b"]}]}, "keys[0].models[0]: should be a model name, or"),
+        ({"stream": {"hedge": {"after": "p99"}}}, "stream.hedge.after: should be p95, or a duration above zero"),
+        ({"stream": {"hedge": {"after": 0}}}, "stream.hedge.after: should be p95, or a duration above zero"),
+        ({"stream": {"hedge": {"share": 0.6}}}, "stream.hedge.share: should be less than or equal to 0.5"),
         ({"models": {"a": {}}}, "models.a: says nothing; write routes, mirror or fallback"),
         ({"models": {"a": {"mirror": {"model": "b"}}}}, "models.a.mirror.share: is missing"),
         (

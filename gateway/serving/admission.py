@@ -18,6 +18,7 @@ from engines.protocol import Capability
 from gateway.errors import Kind, Refusal
 from gateway.metrics import Metrics
 from gateway.policy.concurrency import ConcurrencyRules
+from gateway.policy.hedge import HedgeRules, Hedging
 from gateway.policy.queue import Queue, QueueRules, Rejected, Waiting, Why, line_name
 from gateway.policy.retry import BudgetRules, fresh, requested, retried
 from gateway.policy.routing import Choice, Job, Router
@@ -44,6 +45,7 @@ class AdmissionRules:
     patience: tuple[float, ...] = (60.0, 60.0, 600.0)
     output_weight: float = 2.0
     retries: BudgetRules = field(default_factory=BudgetRules)
+    hedge: HedgeRules | None = None
 
     def cost(self, prompt: int, output: int) -> float:
         """Return what a request counts for when tenants share."""
@@ -105,6 +107,8 @@ class Admission:
         self._retries = fresh(rules.retries, clock())
         self._requests = 0
         self.deadline = NEVER
+        self.hedging: Hedging | None = None
+        """When requests are sent to a second engine; None: never."""
         self.on_wait: list[Callable[[Group], None]] = []
         """Who is told when somebody begins to wait."""
         pool.on_index = self._regroup
@@ -115,6 +119,10 @@ class Admission:
         """Take other rules; whoever waits keeps his place."""
         self.rules = rules
         self.queue.rules = rules.queue
+        if rules.hedge is None or self.hedging is None:
+            self.hedging = Hedging(rules.hedge) if rules.hedge is not None else None
+        else:
+            self.hedging.rules = rules.hedge
         self.pool.give_at_most(rules.capacity)
         self.deadline = 0.0 if rules.capacity.targets else min(self.deadline, NEVER)
 
@@ -168,12 +176,13 @@ class Admission:
         """Whether an endpoint is there that nothing speaks against, busy or not."""
         return any(one.healthy and not one.holds and one.trusted(now) for one in group.endpoints if one not in tried)
 
-    def idle(self, group: Group, tokens: int, now: float) -> bool:
+    def idle(self, group: Group, tokens: int, now: float, tried: Collection[Endpoint] = ()) -> bool:
         """Whether an endpoint is well, has room for so many tokens more, and nobody waits for it."""
         waits = self.queue.waiting
         return any(
             one.room(tokens) and one.trusted(now) and not any(map(waits, self._lines.get(one, ())))
             for one in group.endpoints
+            if one not in tried
         )
 
     def asked(self) -> None:

@@ -21,10 +21,11 @@ from typing import Protocol
 
 import msgspec
 
-from engines.protocol import Dispatch, EngineError, Fault, Fields
+from engines.protocol import Capability, Dispatch, EngineError, Fault, Fields
 from gateway.errors import SHUTTING_DOWN, Kind, Refusal
 from gateway.headers import EXPOSE, JSON, model_line
 from gateway.metrics import Metrics
+from gateway.policy.hedge import Hedging
 from gateway.policy.queue import Rejected, Waiting, Why
 from gateway.policy.retry import Cause, Next, decide
 from gateway.policy.routing import Job
@@ -34,6 +35,7 @@ from gateway.serving.answer import AnswerError, read_answer
 from gateway.serving.deadlines import NEVER, Deadlines
 from gateway.serving.debug import route_line
 from gateway.serving.dialect import Route
+from gateway.serving.hedge import Rival
 from gateway.serving.jobs import NOTHING_TOLD, job_of, needs_of
 from gateway.serving.meter import Meter, Usage
 from gateway.serving.pool import Endpoint, Group, Pool
@@ -46,6 +48,10 @@ MAX_ERROR_BODY = 1 << 20
 """Bytes of an engine's error answer that are read."""
 
 WAITING, STREAMING, DONE = range(3)
+OUTRUN = "outrun"
+"""How an attempt ended whose answer another one was faster with."""
+
+_PAYLOAD = b"%b%b\r\ncontent-length: %d\r\n\r\n%b"
 
 _COMMON = b"x-request-id: %b\r\nopenai-processing-ms: %d\r\n" + EXPOSE + b"%b"
 _STREAM_HEAD = (
@@ -131,6 +137,7 @@ class Relay:
         "_device",
         "_endpoint",
         "_failure",
+        "_hedge_at",
         "_job",
         "_last",
         "_limits",
@@ -146,6 +153,7 @@ class Relay:
         "_prompt",
         "_replayed",
         "_rest",
+        "_rival",
         "_sse",
         "_state",
         "_status",
@@ -199,6 +207,10 @@ class Relay:
         self._failure: Refusal | None = None
         self._job: Job | None = None
         self._connection: Connection | None = None
+        self._rival: Rival | None = None
+        """The second attempt, while neither it nor the first has begun an answer."""
+        self._hedge_at = NEVER
+        """When a second attempt begins."""
         self._meter: Meter | None = None
         self._tried: list[Endpoint] = []
         self._replayed = False
@@ -233,6 +245,9 @@ class Relay:
         self._deadlines.watch(self)
         if not self._order.mirror:
             self._admission.asked()
+            if self._admission.hedging is not None:
+                self._admission.hedging.asked()
+                self._hedge_at = 0.0
         self._attempt(now, None)
 
     def _attempt(self, now: float, failure: Refusal | None, *, turn: bool = False) -> None:
@@ -318,6 +333,15 @@ class Relay:
         """Note that its first token is there."""
         endpoint.first_token(now - self._ticket.tried[-1].began, self._prompt, self._prefill)
         self._prompt = 0
+        if self._admission.hedging is not None:
+            self._told(self._admission.hedging, now)
+
+    def _told(self, hedging: Hedging, now: float) -> None:
+        """Note how long the answer took to begin: a second attempt has lost."""
+        self._hedge_at = NEVER
+        hedging.took(self._kind(), now - self._ticket.tried[-1].began)
+        if self._rival is not None:
+            self._drop_rival("lost", OUTRUN, now)
 
     # --- in the queue ---------------------------------------------------------------------------------------------
 
@@ -389,12 +413,8 @@ class Relay:
         self._fail(self._failure or slow_down(rejected, self._order.model, waited), now)
 
     def _send(self, endpoint: Endpoint, now: float, *, fresh: bool) -> None:
-        order, ticket = self._order, self._ticket
-        ticket.attempts += 1
-        dispatch = Dispatch(endpoint.models[self._model], order.ask_usage, order.cache_salt)
-        body = endpoint.engine.prepare(order.route.path, dict(order.fields), dispatch)
-        head = endpoint.request_head(order.route.path)
-        payload = b"%b%b\r\ncontent-length: %d\r\n\r\n%b" % (head, ticket.request_id.encode("ascii"), len(body), body)
+        self._ticket.attempts += 1
+        payload = self._request(endpoint)
         self._meter = None
         self._sse = False
         self._answer = []
@@ -403,7 +423,105 @@ class Relay:
         self._paused = False
         self._connection = connection = endpoint.connections.send(payload, self, fresh=fresh)
         self._connected = connection.reused
+        hedging = self._admission.hedging
+        if hedging is not None and self._hedge_at < NEVER:
+            self._hedge_at = now + hedging.after(self._kind())
         self._rearm()
+
+    def _request(self, endpoint: Endpoint) -> bytes:
+        """Return the request as an endpoint is sent it."""
+        order = self._order
+        dispatch = Dispatch(endpoint.models[self._model], order.ask_usage, order.cache_salt)
+        body = endpoint.engine.prepare(order.route.path, dict(order.fields), dispatch)
+        head = endpoint.request_head(order.route.path)
+        return _PAYLOAD % (head, self._ticket.request_id.encode("ascii"), len(body), body)
+
+    # --- a second attempt -----------------------------------------------------------------------------------------
+
+    def _kind(self) -> tuple[str, bool]:
+        """Return what its time to begin an answer is compared with: of answers that come whole it is all of it."""
+        return self._model, self._order.stream
+
+    def _hedge(self, now: float) -> None:
+        """Ask a second engine, if one has nothing else to do: the first has been silent for longer than is usual."""
+        self._hedge_at = NEVER
+        hedging, order, group = self._admission.hedging, self._order, self._group()
+        job = self._measured(group)
+        tokens = job.prompt + job.output
+        if hedging is None or not group.chosen or needs_of(order.fields) & Capability.SEVERAL_ANSWERS:
+            return
+        if not self._admission.idle(group, tokens, now, self._tried) or not hedging.take():
+            return
+        choice = self._admission.choose(group, self._tried, job, now)
+        if choice is None:
+            return
+        endpoint = choice.endpoint
+        attempt = Attempt(endpoint.name, now, endpoint.in_flight, choice, False)
+        meter = Meter(order.route.dialect, endpoint.engine, order.model, hide_usage=True, max_event=self._limits.event)
+        self._rival = rival = Rival(self, endpoint, attempt, meter, choice.uncached, tokens)
+        self._tried.append(endpoint)
+        self._ticket.attempts += 1
+        endpoint.take(rival.prompt, tokens)
+        endpoint.sent(now)
+        rival.connection = endpoint.connections.send(self._request(endpoint), rival)
+        rival.connected = rival.connection.reused
+
+    def rival_began(self, rival: Rival) -> None:
+        """Take that the second attempt has begun an answer: it serves, and the first is cut off."""
+        now = self._clock()
+        attempt, endpoint, hedging = self._ticket.tried[-1], self._endpoint, self._admission.hedging
+        attempt.cause, attempt.ended = OUTRUN, now
+        if hedging is not None:
+            hedging.took(self._kind(), now - attempt.began)
+        assert endpoint is not None
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+        self._adopt(rival, "won", now)
+
+    def _adopt(self, rival: Rival, result: str, now: float) -> None:
+        """Go on with the second attempt in place of the first, which is over."""
+        self._give_back()
+        self._metrics.hedged(result)
+        self._rival = None
+        self._ticket.tried.append(rival.attempt)
+        self._ticket.endpoint = rival.endpoint.name
+        self._endpoint, self._connection, self._connected = rival.endpoint, rival.connection, rival.connected
+        self._tokens, self._prompt, self._prefill = rival.tokens, rival.prompt, rival.prefill
+        self._meter, self._sse, self._answer, self._answer_bytes = None, False, [], 0
+        self._replayed = False
+        self._last = now
+        if self._paused and self._connection is not None:
+            self._connection.pause()
+        rival.take_over()
+        self._rearm()
+
+    def rival_failed(self, rival: Rival, loss: Loss | None) -> None:
+        """Take that the second attempt came to nothing: the first goes on alone."""
+        now = self._clock()
+        if loss is Loss.CONNECT:
+            rival.endpoint.down("no connection")
+            cause = Cause.CONNECT
+        elif loss is None and rival.status != 200:
+            error = rival.endpoint.engine.read_error(rival.status, rival.held)
+            cause, _ = translate(error, self._order.model, self._order.route.path)
+        else:
+            cause = Cause.STALE if loss is Loss.STALE else Cause.BROKEN
+        self._judge(rival.endpoint, cause, now)
+        self._drop_rival("failed", cause.value, now)
+
+    def _drop_rival(self, result: str, cause: str, now: float) -> None:
+        """Cut the second attempt off, and take back what it holds."""
+        rival, self._rival = self._rival, None
+        assert rival is not None
+        if rival.connection is not None:
+            rival.connection.abort()
+        self._metrics.hedged(result)
+        rival.attempt.cause, rival.attempt.ended = cause, now
+        # Before the one that goes on.
+        self._ticket.tried.insert(-1, rival.attempt)
+        rival.endpoint.give_back(rival.prompt, rival.tokens)
+        self._admission.freed(rival.endpoint)
 
     def _no_engine(self) -> Refusal:
         serving = self._pool.serving(self._model)
@@ -477,6 +595,7 @@ class Relay:
 
     def _begin(self, out: bytes, now: float) -> None:
         """Send the first events: from here on no other engine is asked, and the body need not be kept."""
+        self._rest = ()
         self._wrote = now
         self._state = STREAMING
         endpoint = self._endpoint
@@ -496,6 +615,8 @@ class Relay:
         self._last = self._clock()
         self._answer.append(data)
         if len(self._answer) == 1:
+            if self._admission.hedging is not None and self._status == 200:
+                self._told(self._admission.hedging, self._last)
             self._rearm()
         self._answer_bytes += len(data)
         bound = self._limits.response if self._status == 200 else MAX_ERROR_BODY
@@ -573,6 +694,10 @@ class Relay:
             self._connection.abort()
             self._connection = None
         self._judge(endpoint, cause, now)
+        if self._rival is not None and cause not in (Cause.REQUEST, Cause.SLOW):
+            # Another attempt is under way already.
+            self._adopt(self._rival, "won", now)
+            return
         then = Next.GIVE_UP
         if self._state == WAITING:
             retries, others = self._limits.retries, bool(self._rest)
@@ -638,6 +763,8 @@ class Relay:
         """Give everything back. After this the relay hears and says nothing more."""
         self._state = DONE
         self.deadline = NEVER
+        if self._rival is not None:
+            self._drop_rival("lost", OUTRUN, now)
         self._deadlines.forget(self)
         if self._turn is not None:
             self._admission.leave(self._turn)
@@ -701,6 +828,8 @@ class Relay:
     def on_deadline(self, now: float) -> None:
         """Act on the first time-out that is due, or wait for the next."""
         limits = self._limits
+        if now >= self._hedge_at and self._state == WAITING and not self._queued and not self._paused:
+            self._hedge(now)
         if self._queued:
             self._still_queued(now)
         elif now >= self._total_at:
@@ -775,6 +904,8 @@ class Relay:
             due = self._last + self._patience()
             if self._order.stream and self._limits.heartbeat_after:
                 due = min(due, self._wrote + self._limits.heartbeat_after)
+        if self._hedge_at < due and self._state == WAITING and not self._queued and not self._paused:
+            due = self._hedge_at
         self.deadline = min(due, self._total_at)
 
     def _headers(self, now: float, *, stream: bool = True) -> bytes:
