@@ -362,7 +362,9 @@ class Admission:
 
 
 def _line_name(group: Group) -> str:
-    return line_name(endpoint.name for endpoint in group.endpoints)
+    names = [endpoint.name for endpoint in group.endpoints]
+    # Of engines that are not there yet the pool is all that is known.
+    return line_name([*names, group.wake.pool] if group.wake is not None else names)
 
 
 _TOLD = {
