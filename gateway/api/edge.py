@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +34,7 @@ from gateway.serving.admission import Admission, slow_down
 from gateway.serving.deadlines import Deadlines
 from gateway.serving.dialect import Route
 from gateway.serving.jobs import needs_of, subject_of
-from gateway.serving.limiter import Facts, Hold, Limiter, Plan, context_of, read_facts, who_asks
+from gateway.serving.limiter import Deciding, Facts, Hold, Limiter, Plan, context_of, read_facts, who_asks
 from gateway.serving.mirror import MirrorRules, Mirrors
 from gateway.serving.pending import Pending
 from gateway.serving.pool import Pool
@@ -50,6 +50,7 @@ RECENT = 4096
 
 _MOST_TIME = (1 << 48) - 1
 _TEXTUAL = frozenset({b"", b"identity"})
+_JSON = b"application/json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,7 @@ class Edge:
             return Refused(route, ticket, refusal)
         request = Request(route, ticket, who, limit, length)
         request.first = retry == b"0"
+        request.expects = b"expect" in headers
         if b"x-request-timeout" in headers or b"x-stainless-read-timeout" in headers:
             refusal = read_patience(headers, request)
             if refusal is not None:
@@ -244,7 +246,9 @@ class Edge:
         if refusal is not None:
             self.refuse(request, refusal, client)
             return
-        hold = yield from self._admit(asked, request, body, lineup)
+        hold = self._admit(asked, request, body, lineup)
+        if not isinstance(hold, Hold) and not isinstance(hold, Refusal):
+            hold = yield from hold
         if isinstance(hold, Refusal):
             self.refuse(request, hold, client)
             return
@@ -294,9 +298,7 @@ class Edge:
         others = (other for other in public.fallback if other != arm and may_use(who, other.model))
         return (arm, *others)
 
-    def _admit(
-        self, asked: Asked, request: Request, body: bytes, lineup: tuple[Arm, ...]
-    ) -> Generator[Pending, Any, Hold | Refusal]:
+    def _admit(self, asked: Asked, request: Request, body: bytes, lineup: tuple[Arm, ...]) -> Hold | Refusal | Deciding:
         """Reserve what the request will need of every limit it falls under."""
         plan = self.plan(request.who, asked.model, request.ticket.client, lineup)
         request.ticket.organisation = plan.organisation
@@ -307,7 +309,7 @@ class Edge:
             refusal = self._look(plan, facts, request, asked, lineup)
             if refusal is not None:
                 return refusal
-        return (yield from self.limiter.admit(plan, facts, partial(who_asks, plan, body)))
+        return self.limiter.admit(plan, facts, partial(who_asks, plan, body))
 
     def _look(
         self, plan: Plan, facts: Facts, request: Request, asked: Asked, lineup: tuple[Arm, ...]
@@ -451,14 +453,16 @@ class Edge:
 
 
 def _check_headers(headers: dict[bytes, bytes], ticket: Ticket) -> Refusal | None:
-    encoding = headers.get(b"content-encoding", b"").strip().lower()
-    if encoding not in _TEXTUAL:
+    encoding = headers.get(b"content-encoding")
+    if encoding is not None and (encoding := encoding.strip().lower()) not in _TEXTUAL:
         told = f"Bodies with content-encoding {encoding.decode('latin-1')!r} are not read. Send it uncompressed."
         return Refusal(Kind.CONTENT_TYPE, told)
-    content_type = headers.get(b"content-type", b"application/json").split(b";", 1)[0].strip().lower()
-    if content_type != b"application/json" and not content_type.endswith(b"+json"):
-        told = f"Bodies of type {content_type.decode('latin-1')!r} are not read. Send application/json."
-        return Refusal(Kind.CONTENT_TYPE, told)
+    content_type = headers.get(b"content-type", _JSON)
+    if content_type != _JSON:
+        content_type = content_type.split(b";", 1)[0].strip().lower()
+        if content_type != _JSON and not content_type.endswith(b"+json"):
+            told = f"Bodies of type {content_type.decode('latin-1')!r} are not read. Send application/json."
+            return Refusal(Kind.CONTENT_TYPE, told)
     client_id = headers.get(b"x-client-request-id")
     if client_id is not None:
         if len(client_id) > MAX_CLIENT_ID or not client_id.isascii():

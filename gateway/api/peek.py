@@ -7,7 +7,6 @@ engine: what was authorised is what is sent, and a key that stands twice stands 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import msgspec
 
@@ -64,8 +63,7 @@ _NULL, _TRUE, _FALSE = b"null", b"true", b"false"
 _TEMPLATE_KEYS = frozenset({"chat_template", "tokenize", "conversation", "tools", "documents"})
 
 
-@dataclass(slots=True)
-class Asked:
+class Asked(msgspec.Struct):
     """What a body asks for. ``wants_usage`` tells whether the client asked for the usage chunk itself, ``media``
     how many images and the like are in it, and their bytes."""
 

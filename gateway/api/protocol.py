@@ -379,7 +379,7 @@ class ForebayProtocol(HttpToolsProtocol):
     def write_answer(self, status: int, headers: bytes, body: bytes, *, close: bool) -> None:
         """Write a whole answer at once."""
         head = self.head(status, headers, close=close)
-        self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
+        self.transport.write(b"".join((head, b"content-length: %d\r\n\r\n" % len(body), body)))
 
     def head(self, status: int, headers: bytes, *, close: bool) -> bytes:
         """Return status line and headers without the empty line."""
@@ -489,7 +489,7 @@ class RelayedCycle:
             return
         self._request = opened
         opened.interrupt = self.refuse
-        if not self.read and self._chunked and not self._size and _expects_continue(self.headers):
+        if opened.expects and not self.read and self._chunked and not self._size and _expects_continue(self.headers):
             protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._size and self._grown():
             return
@@ -622,10 +622,7 @@ class RelayedCycle:
 
 
 def _expects_continue(headers: list[Header]) -> bool:
-    for name, value in headers:  # noqa: SIM110 - a generator costs ten times as much
-        if name == b"expect" and value.lower() == b"100-continue":
-            return True
-    return False
+    return any(name == b"expect" and value.lower() == b"100-continue" for name, value in headers)
 
 
 def bound(edge: Edge, rules: ConnectionRules, routes: Mapping[str, Route], *, fast: bool) -> type[ForebayProtocol]:

@@ -23,6 +23,7 @@ class Request:
     __slots__ = (
         "body_limit",
         "client",
+        "expects",
         "first",
         "interrupt",
         "length",
@@ -44,6 +45,8 @@ class Request:
         self.body_limit = body_limit
         self.length = length
         self.reserved = 0
+        self.expects = False
+        """Whether its client says that it expects something before it sends the body."""
         self.first = False
         """Whether an SDK says that it sends this for the first time."""
         self.patience: float | None = None

@@ -63,6 +63,10 @@ _NOTHING = (0,) * len(Counts)
 _, _TOKENS, _MONEY, _CONCURRENT, _IN_FLIGHT = Counts
 
 
+Deciding = Generator[Pending, Verdict, "Hold | Refusal"]
+"""Yields the store's answers where they are not known here, and is sent them."""
+
+
 class Plan(msgspec.Struct, frozen=True):
     """What applies to one key (or address) on one model, worked out once."""
 
@@ -334,8 +338,8 @@ class Limiter:
             weight=weight_of(who.tenant, known),
         )
 
-    def admit(self, plan: Plan, facts: Facts, who: Callable[[], int]) -> Generator[Pending, Verdict, Hold | Refusal]:
-        """Reserve what a request will need, or say why not; yields the store's answer where that is not known here.
+    def admit(self, plan: Plan, facts: Facts, who: Callable[[], int]) -> Hold | Refusal | Deciding:
+        """Reserve what a request will need, or say why not; or return the steps to that, where there is more to it.
         ``who`` stands for the request and its repetitions."""
         if not plan.limits:
             return Hold(self, plan, facts, None, None, (), None)
@@ -350,15 +354,29 @@ class Limiter:
             size = Size(size.prompt, min(size.output, max(0, most) * facts.answers))
         needs, wanted = self._wanted(plan, size)
         verdict = self.store.reserve(plan.buckets, wanted, who, first=facts.first)
-        if not isinstance(verdict, Granted):
-            verdict = yield from self._decided(plan, wanted, verdict)
+        if isinstance(verdict, Granted) and not plan.cuts:
+            return Hold(self, plan, facts, size, needs, wanted, verdict)
+        return self._decide(plan, facts, who, size, needs, wanted, verdict)
+
+    def _decide(
+        self,
+        plan: Plan,
+        facts: Facts,
+        who: Callable[[], int],
+        size: Size,
+        needs: Sequence[int] | None,
+        wanted: Sequence[int],
+        first: Verdict | asyncio.Future[Verdict],
+    ) -> Deciding:
+        """Go on from the store's ``first`` answer, which may be still to come and need not be its last."""
+        verdict = yield from self._decided(plan, wanted, first)
         if isinstance(verdict, Refused) and verdict.index in plan.cuts:
             shorter = self._shortened(plan, facts, size, verdict.buckets[verdict.index], verdict.index)
             if shorter is not None:
                 size = shorter
                 needs, wanted = self._wanted(plan, size)
-                verdict = self.store.reserve(plan.buckets, wanted, who, first=facts.first)
-                verdict = yield from self._decided(plan, wanted, verdict)
+                again = self.store.reserve(plan.buckets, wanted, who, first=facts.first)
+                verdict = yield from self._decided(plan, wanted, again)
         if isinstance(verdict, Refused):
             return self._refuse(plan, facts, wanted, verdict)
         if plan.cuts:
@@ -526,7 +544,8 @@ def _answers(route: Route, fields: Fields) -> int:
         raw = fields.get(name)
         if raw is not None and bytes(raw).isdigit():
             most = max(most, min(int(bytes(raw)[:9]), MOST_ANSWERS))
-    return most * min(count_prompts(fields.get("prompt")), MOST_ANSWERS) if route.n_fields else most
+    prompt = fields.get("prompt")
+    return most if prompt is None or not route.n_fields else most * min(count_prompts(prompt), MOST_ANSWERS)
 
 
 def _counted(fields: Fields) -> int | None:
