@@ -97,4 +97,4 @@ def _state(endpoint: Endpoint, now: float) -> str:
         return "kept out"
     if not endpoint.trusted(now):
         return "ejected"
-    return "ready" if endpoint.room(0) else "full"
+    return "ready" if endpoint.available and endpoint.room(0) else "full"

@@ -314,7 +314,7 @@ class Admission:
         self._freed.clear()
 
     def _fits(self, endpoint: Endpoint, now: float, item: Waiting) -> bool:
-        if not endpoint.room(item.tokens):
+        if not (endpoint.available and endpoint.room(item.tokens)):
             return False
         assert item.line is not None
         group = item.line.key

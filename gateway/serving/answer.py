@@ -73,7 +73,7 @@ def _renamed_in_place(body: bytes, model: str, public: str) -> bytes | None:
     Quotes within a string are escaped, and only ``\\u`` spells a letter otherwise: without any, the one ``"model"`` of
     a body is the key of the object that names it.
     """
-    if b"\\u" in body or body.count(b'"model"') != 1:
+    if body.find(b"\\u") >= 0 or body.count(b'"model"') != 1:
         return None
     own = _named(model)
     at = body.find(own)

@@ -163,7 +163,7 @@ class Meter:
             if data.find(b"\n", length) == len(data) - 2 and data.find(b'"usage"', length) < 0 and not self._tail:
                 self.events += 1
                 return self._new_prefix + data[length:]
-        if self._cr or b"\r" in data:
+        if self._cr or data.find(b"\r") >= 0:
             data = self._unify_line_ends(data)
         if self._tail:
             block = self._complete_tail(data)
@@ -214,9 +214,9 @@ class Meter:
         # LMDeploy spells its usage chunk otherwise than the chunks before it: what lacks the needle is looked at.
         if self._needle and block.count(self._needle) != count:
             return None
-        if b'"error"' in block:
+        if block.find(b'"error"') >= 0:
             return None
-        if b'"usage"' in block:
+        if block.find(b'"usage"') >= 0:
             nulls = block.count(b'"usage":null') + block.count(b'"usage": null')
             if nulls != block.count(b'"usage"'):
                 return None

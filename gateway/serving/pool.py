@@ -146,8 +146,8 @@ class Endpoint:
         return self.healthy and not self.holds and not self.connections.full
 
     def room(self, tokens: int) -> bool:
-        """Whether it can be given one more request of so many tokens now."""
-        return self.in_flight < self.share and self.available and self.limit.room(self.in_flight, self.tokens, tokens)
+        """Whether it has capacity for one more request of so many tokens."""
+        return self.in_flight < self.share and self.limit.room(self.in_flight, self.tokens, tokens)
 
     @property
     def most(self) -> int:
@@ -268,7 +268,7 @@ class Endpoint:
 
     def sent(self, now: float) -> None:
         """Note that it is given a request."""
-        if self.breaker.state is not State.CLOSED:
+        if self.breaker is not NEW and self.breaker.state is not State.CLOSED:
             self.breaker = step(self.breaker, Event.SENT, now, self.rules.breaker)
 
     def went_well(self, now: float) -> None:

@@ -891,9 +891,9 @@ class Relay:
         """Set when to look again: the earliest of what could be due if nothing else happens."""
         if self._state == DONE:
             return
-        if self._queued:
-            assert self._turn is not None
-            due = self._turn.deadline
+        turn = self._turn
+        if turn is not None and not turn.gone:
+            due = turn.deadline
             if self._order.stream and self._limits.heartbeat_after:
                 due = min(due, self._wrote + self._limits.heartbeat_after)
         elif self._paused:
@@ -906,7 +906,8 @@ class Relay:
                 due = min(due, self._wrote + self._limits.heartbeat_after)
         if self._hedge_at < due and self._state == WAITING and not self._queued and not self._paused:
             due = self._hedge_at
-        self.deadline = min(due, self._total_at)
+        # A comparison: to ask min() is to call it, and this is done for every answer that begins.
+        self.deadline = due if due < self._total_at else self._total_at
 
     def _headers(self, now: float, *, stream: bool = True) -> bytes:
         ticket = self._ticket
