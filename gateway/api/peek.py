@@ -34,7 +34,7 @@ _FLOATS = (
 )
 
 
-class _View(msgspec.Struct):
+class _View(msgspec.Struct, gc=False):
     """Everything of a body that is read, in any dialect."""
 
     model: str | None = None
@@ -63,7 +63,7 @@ _NULL, _TRUE, _FALSE = b"null", b"true", b"false"
 _TEMPLATE_KEYS = frozenset({"chat_template", "tokenize", "conversation", "tools", "documents"})
 
 
-class Asked(msgspec.Struct):
+class Asked(msgspec.Struct, gc=False):
     """What a body asks for. ``wants_usage`` tells whether the client asked for the usage chunk itself, ``media``
     how many images and the like are in it, and their bytes."""
 

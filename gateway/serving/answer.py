@@ -25,7 +25,7 @@ class AnswerError:
     message: str
 
 
-class _View(msgspec.Struct):
+class _View(msgspec.Struct, gc=False):
     model: str | None = None
     usage: UsageView | None = None
     object: str | None = None

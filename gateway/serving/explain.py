@@ -28,7 +28,7 @@ NOTHING = Usage(0, 0, 0, 0)
 """What a request used that no engine has seen."""
 
 
-class Weighed(msgspec.Struct, array_like=True):
+class Weighed(msgspec.Struct, array_like=True, gc=False):
     """What was thought of one endpoint: cost and time to the first token in milliseconds, the share of its room that
     would be used, blocks of the prompt it holds, whether the session is at home there."""
 
@@ -40,7 +40,7 @@ class Weighed(msgspec.Struct, array_like=True):
     home: bool
 
 
-class Tried(msgspec.Struct, omit_defaults=True):
+class Tried(msgspec.Struct, omit_defaults=True, gc=False):
     """One attempt at an engine, as it is told. Times in milliseconds."""
 
     endpoint: str
@@ -56,7 +56,7 @@ class Tried(msgspec.Struct, omit_defaults=True):
     """Blocks that the beginning of the prompt is compared by."""
 
 
-class TimeSplit(msgspec.Struct, frozen=True, omit_defaults=True):
+class TimeSplit(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Milliseconds of each stage that was reached, in order; together they are the whole time."""
 
     headers: float | None = None
@@ -68,7 +68,7 @@ class TimeSplit(msgspec.Struct, frozen=True, omit_defaults=True):
     rest: float | None = None
 
 
-class Detail(msgspec.Struct, omit_defaults=True):
+class Detail(msgspec.Struct, omit_defaults=True, gc=False):
     """What no column of the ledger holds; what says nothing is left out."""
 
     client: str = ""

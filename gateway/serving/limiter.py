@@ -96,7 +96,7 @@ class Plan(msgspec.Struct, frozen=True):
     """Of its tenant's share where tenants wait for the same engines."""
 
 
-class Facts(msgspec.Struct):
+class Facts(msgspec.Struct, gc=False):
     """What a body says of its size. ``counted``: the prompt's tokens where it is given as such."""
 
     route: Route

@@ -15,7 +15,7 @@ from engines.protocol import Engine, EngineError
 from gateway.serving.dialect import Dialect
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens an engine says it used; None where it said nothing."""
 
     prompt: int | None = None
@@ -34,12 +34,12 @@ class Usage(msgspec.Struct, frozen=True):
         )
 
 
-class _Details(msgspec.Struct):
+class _Details(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
 
 
-class UsageView(msgspec.Struct):
+class UsageView(msgspec.Struct, gc=False):
     """The usage object of every dialect at once."""
 
     prompt_tokens: int | None = None

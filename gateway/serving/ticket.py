@@ -46,7 +46,7 @@ def to_ms(seconds: float) -> float:
     return int(seconds * 1e6 + 0.5) / 1000
 
 
-class LogLine(msgspec.Struct, omit_defaults=True):
+class LogLine(msgspec.Struct, omit_defaults=True, gc=False):
     """One request, one line. Times in milliseconds; never a prompt, never a key."""
 
     time: str

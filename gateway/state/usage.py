@@ -53,7 +53,7 @@ TOKENS = ("tokens_in", "tokens_cached", "tokens_out", "tokens_reasoning")
 SUMS = ("requests", *TOKENS, "tokens_unknown", "cost_nanos")
 
 
-class UsageRow(msgspec.Struct, frozen=True):
+class UsageRow(msgspec.Struct, frozen=True, gc=False):
     """One request. ``at`` is Unix time; tokens are None where nobody knows; ``detail`` is JSON for ``explain``.
 
     Its JSON is what waits in the spool: fields may be added with a default, and are never taken away.
