@@ -3,8 +3,8 @@
 Law of this file: time is an argument; nobody is woken here. ``enter`` and ``next`` say what is to be done, the shell
 does it.
 
-    line   those who wait for the same engines
-    class  inside a line: a better class goes first, but of ten turns one is for whoever has waited too long
+    line   those who wait for the same engines; of lines that share an engine each tenant in turn
+    class  a better class goes first, but of an engine's ten turns one is for whoever has waited too long
     flow   inside a class: a tenant's requests; flows share by virtual counters of service (``fairness``)
     turn   inside a flow: the earliest deadline first, equal ones in the order they came
 
@@ -92,6 +92,7 @@ class Waiting:
         "gone",
         "line",
         "patient",
+        "order",
         "rank",
         "size",
         "tenant",
@@ -126,7 +127,15 @@ class Waiting:
         """Whether it may wait whatever the line's pace says: those it waits for are not there yet."""
         self.line: Line | None = None
         self.flow: _Flow | None = None
+        self.order = 0
+        """Of all that happened in its queue, when it came."""
         self.gone = False
+
+    @property
+    def since(self) -> int:
+        """When it came, or its flow had a turn after that."""
+        flow = self.flow
+        return self.order if flow is None or flow.served < self.order else flow.served
 
 
 class Drain:
@@ -168,7 +177,7 @@ class Drain:
 class _Flow:
     """One tenant's requests in one class of one line."""
 
-    __slots__ = ("cost", "count", "entry", "heap", "tenant", "weight")
+    __slots__ = ("cost", "count", "entry", "heap", "served", "tenant", "weight")
 
     def __init__(self, tenant: str) -> None:
         self.tenant = tenant
@@ -178,6 +187,8 @@ class _Flow:
         self.cost = 0.0
         self.entry = 0
         """Which entry among the flows is its present one."""
+        self.served = 0
+        """When it had a turn, as ``Waiting.order`` counts."""
 
     def first(self) -> Waiting:
         heap = self.heap
@@ -210,7 +221,7 @@ class _Class:
         self._elsewhere: dict[str, float] = {}
         """Until when a tenant counts as waiting at another gateway."""
 
-    def add(self, item: Waiting, order: int) -> None:
+    def add(self, item: Waiting) -> None:
         flow = self.flows.get(item.tenant)
         if flow is None:
             flow = self.flows[item.tenant] = _Flow(item.tenant)
@@ -220,7 +231,7 @@ class _Class:
             waits = self._elsewhere and self._elsewhere.get(item.tenant, 0.0) > item.arrived
             self._queue(flow, self.shares.counter(item.tenant) if waits else self.shares.enter(item.tenant))
         item.flow = flow
-        heapq.heappush(flow.heap, (item.deadline, order, item))
+        heapq.heappush(flow.heap, (item.deadline, item.order, item))
         flow.count += 1
         flow.cost += item.cost
         self.count += 1
@@ -326,21 +337,14 @@ class Line:
         self.classes = [_Class() for _ in range(classes)]
         self.drain = Drain()
         self.count = 0
-        self._turn = 0
         self._told: dict[tuple[int, str], float] = {}
 
-    def turn_of(self, aged: float, now: float) -> int:
-        """Return the class whose turn it is; somebody must be waiting."""
-        waiting = [rank for rank, one in enumerate(self.classes) if one.count]
-        if len(waiting) > 1 and self._turn % TURNS == TURNS - 1:
-            oldest = min(waiting[1:], key=lambda rank: self.classes[rank].oldest())
-            if now - self.classes[oldest].oldest() >= aged:
-                return oldest
-        return waiting[0]
+    def best(self) -> int:
+        """Return the best class of those that wait; somebody must be waiting."""
+        return next(rank for rank, one in enumerate(self.classes) if one.count)
 
     def taken(self, item: Waiting, now: float) -> None:
         """Account for a turn."""
-        self._turn += 1
         self.classes[item.rank].charge(item)
         self.count -= 1
         self.drain.took(item.cost, now)
@@ -400,6 +404,8 @@ class Queue:
         self._lines: dict[Hashable, Line] = {}
         self._holders = [Holders[Waiting]() for _ in range(classes)]
         self._order = 0
+        self._turns: dict[Hashable, int] = {}
+        """How many turns each place has given since it gave one to a class that had waited too long."""
 
     def __len__(self) -> int:
         return self.count
@@ -448,7 +454,8 @@ class Queue:
         line = self.line(key)
         item.line = line
         self._order += 1
-        line.classes[item.rank].add(item, self._order)
+        item.order = self._order
+        line.classes[item.rank].add(item)
         if not line.count:
             line.drain.begin(now)
         line.count += 1
@@ -472,24 +479,47 @@ class Queue:
             line.drain.end()
         self._hold(item, -1)
 
-    def next(self, keys: Iterable[Hashable], fits: Callable[[Waiting], bool], now: float) -> Waiting | None:
-        """Return whose turn it is in any of the lines and see him out; None: nobody waits, or he does not fit yet."""
-        best: Waiting | None = None
-        for key in keys:
-            line = self._lines.get(key)
-            if line is None or not line.count:
-                continue
-            first = line.classes[line.turn_of(self.rules.aged, now)].first()
-            if best is None or (first.rank, first.arrived) < (best.rank, best.arrived):
-                best = first
-        if best is None or not fits(best):
+    def next(
+        self, keys: Iterable[Hashable], fits: Callable[[Waiting], bool], now: float, place: Hashable = None
+    ) -> Waiting | None:
+        """Return whose turn it is in any of the lines and see him out; None: nobody waits, or he does not fit yet.
+        ``place``: whose turns they are, one of those that all in these lines wait for."""
+        lines = [line for key in keys if (line := self._lines.get(key)) is not None and line.count]
+        if not lines:
             return None
-        assert best.line is not None
-        best.line.taken(best, now)
+        best: Waiting | None = None
+        for line in lines:
+            first = line.classes[line.best()].first()
+            if best is None or (first.rank, first.since) < (best.rank, best.since):
+                best = first
+        assert best is not None
+        turn = self._turns.get(place, 0)
+        if turn >= TURNS - 1:
+            aged = self._aged(lines, best.rank, now)
+            best, turn = (best, turn) if aged is None else (aged, -1)
+        if not fits(best):
+            return None
+        self._turns[place] = turn + 1
+        line, flow = best.line, best.flow
+        assert line is not None
+        assert flow is not None
+        self._order += 1
+        flow.served = self._order
+        line.taken(best, now)
         if self.deltas is not None and best.cost:
-            self.deltas.note((best.line.name, best.rank, best.tenant), Charge(served=best.cost / best.weight))
+            self.deltas.note((line.name, best.rank, best.tenant), Charge(served=best.cost / best.weight))
         self._hold(best, -1)
         return best
+
+    def _aged(self, lines: Iterable[Line], better: int, now: float) -> Waiting | None:
+        """Return whose turn it is in the class that has waited longest of those passed over for a better one, if it has
+        waited too long."""
+        oldest, found = now - self.rules.aged, None
+        for line in lines:
+            for one in line.classes[better + 1 :]:
+                if one.count and one.oldest() <= oldest:
+                    oldest, found = one.oldest(), one
+        return found.first() if found is not None else None
 
     def settle(self, item: Waiting, more: float) -> None:
         """Correct what somebody who had his turn was charged by what he used beyond it."""
@@ -536,6 +566,7 @@ class Queue:
     def forget(self, key: Hashable) -> list[Waiting]:
         """Drop a line; return who waited in it, in the order they came."""
         line = self._lines.pop(key, None)
+        self._turns.clear()
         if line is None:
             return []
         left = [item for one in line.classes for flow in one.flows.values() for _, _, item in flow.heap]
@@ -545,13 +576,18 @@ class Queue:
             self._hold(item, -1)
         return left
 
+    def drop(self, key: Hashable) -> None:
+        """Forget a line in which nobody waits."""
+        line = self._lines.pop(key, None)
+        assert line is None or not line.count
+
     def _hold(self, item: Waiting, sign: int) -> None:
         self.count += sign
         self.tokens += sign * item.tokens
         self.bytes += sign * item.size
         holders = self._holders[item.rank]
         if sign > 0:
-            holders.add(item, self._order)
+            holders.add(item, item.order)
         else:
             holders.drop(item)
 

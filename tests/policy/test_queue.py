@@ -213,6 +213,39 @@ def test_a_better_class_goes_first_and_a_worse_one_has_one_turn_in_ten_once_it_w
     assert Counter(late) == {0: TURNS - 1, 2: 1}
 
 
+def turns(queue: Queue, keys: list[str], count: int, now: float, place: str = "here") -> list[Waiting]:
+    """Give so many turns of one place to those who wait in several lines."""
+    taken = [queue.next(keys, lambda one: True, now, place) for _ in range(count)]
+    return [one for one in taken if one is not None]
+
+
+def test_of_lines_that_share_an_engine_each_tenant_has_its_turn() -> None:
+    """A flood that came before does not make a tenant of another line wait until it is over."""
+    queue = Queue(ROOMY)
+    for _ in range(100):
+        entered(queue, item("flood"), key="x")
+    for _ in range(20):
+        entered(queue, item("quiet"), key="y")
+        entered(queue, item("third"), key="y")
+    assert Counter(one.tenant for one in turns(queue, ["x", "y"], 30, 1.0)) == {"flood": 10, "quiet": 10, "third": 10}
+
+
+def test_a_class_that_was_passed_over_has_its_turn_in_whatever_line_it_waits() -> None:
+    """One turn in ten of each place, for the one that has waited longest; the better class has all others."""
+    queue = Queue(QueueRules(requests=1000, aged=5.0))
+    for _ in range(100):
+        entered(queue, item("vip", rank=0), key="x")
+        entered(queue, item("mid", 1.0, rank=1), key="y")
+        entered(queue, item("low", 2.0, rank=2), key="x")
+    assert Counter(one.tenant for one in turns(queue, ["x", "y"], 10, 3.0)) == {"vip": 10}
+    late = turns(queue, ["x", "y"], 40, 100.0)
+    assert Counter(one.tenant for one in late) == {"vip": 36, "mid": 4}
+    # However turns of several places come one after the other, each gives its own.
+    places = [turns(queue, ["x", "y"] if at % 2 else ["x"], 1, 100.0, f"place {at % 2}")[0] for at in range(40)]
+    assert Counter(one.tenant for one in places[::2]) == {"vip": 18, "low": 2}
+    assert Counter(one.tenant for one in places[1::2]) == {"vip": 18, "mid": 2}
+
+
 def test_whoever_does_not_fit_is_waited_for() -> None:
     """Nobody smaller slips past the one whose turn it is."""
     queue = Queue(ROOMY)
