@@ -13,7 +13,7 @@ Rule 4: what is equal shares the work; a newcomer counts with its share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import inf
 from typing import Generic, Protocol, TypeVar
@@ -227,7 +227,7 @@ class Router(Generic[K]):
         return len(able) > 1
 
     def choose(
-        self, job: Job, able: tuple[K, ...], tried: Collection[K], draw: Callable[[int], int], now: float
+        self, job: Job, able: tuple[K, ...], tried: Container[K], draw: Callable[[int], int], now: float
     ) -> Choice[K] | None:
         """Return who serves a job, None when no endpoint that is available and not tried has room for it.
 
@@ -407,7 +407,7 @@ class _Field(Generic[K]):
 
     __slots__ = ("bad", "good", "now", "seen", "tokens", "tried")
 
-    def __init__(self, tokens: int, tried: Collection[K], now: float) -> None:
+    def __init__(self, tokens: int, tried: Container[K], now: float) -> None:
         self.tokens = tokens
         self.tried = tried
         self.now = now
@@ -438,7 +438,7 @@ class _Field(Generic[K]):
                 self.offer(endpoint)
 
 
-def _usable(endpoint: Contender, tokens: int, tried: Collection[Contender]) -> bool:
+def _usable(endpoint: K, tokens: int, tried: Container[K]) -> bool:
     return endpoint.available and endpoint not in tried and endpoint.room(tokens)
 
 

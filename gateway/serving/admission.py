@@ -7,7 +7,7 @@ Rule 3: turns are given out once an event loop's turn, after whatever made room 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -102,6 +102,8 @@ class Admission:
         self._lines: dict[Endpoint, dict[Group, None]] = {}
         """Of each endpoint the lines of those who may wait for it."""
         self._called = False
+        self._place: Endpoint | None = None
+        """Whose turns are given out now."""
         self._draw = draw
         self.router: Router[Endpoint] = Router()
         self._retries = fresh(rules.retries, clock())
@@ -133,14 +135,23 @@ class Admission:
     ) -> Choice[Endpoint] | None:
         """Return who serves a request now; None: nobody has room, or others wait for them (unless it is the request's
         own ``turn``)."""
-        if not turn and self.queue.count and self.queue.waiting(group):
-            return None
-        choice = self.router.choose(job, group.endpoints, tried, self._draw, now)
+        left: Container[Endpoint] = tried
+        if self.queue.count:
+            if not turn and self.queue.waiting(group):
+                return None
+            left = _Spoken(tried, partial(self._awaited, group, self._place if turn else None))
+        choice = self.router.choose(job, group.endpoints, left, self._draw, now)
         if choice is None or (not choice.trusted and self._better(group, tried, now)):
             return None
         if group.chosen:
             self.router.sent(job, choice.endpoint)
         return choice
+
+    def _awaited(self, group: Group, place: Endpoint | None, endpoint: Endpoint) -> bool:
+        """Whether somebody in another line than a group's waits for an endpoint that is not the ``place``."""
+        return endpoint is not place and any(
+            other is not group and self.queue.waiting(other) for other in self._lines.get(endpoint, ())
+        )
 
     def would_choose(self, group: Group, job: Job, now: float) -> Choice[Endpoint] | None:
         """Return who would serve a request now, whoever waits; nothing is learnt of it."""
@@ -180,7 +191,7 @@ class Admission:
         """Whether an endpoint is well, has room for so many tokens more, and nobody waits for it."""
         waits = self.queue.waiting
         return any(
-            one.room(tokens) and one.trusted(now) and not any(map(waits, self._lines.get(one, ())))
+            one.available and one.room(tokens) and one.trusted(now) and not any(map(waits, self._lines.get(one, ())))
             for one in group.endpoints
             if one not in tried
         )
@@ -248,11 +259,14 @@ class Admission:
         result = self.queue.enter(group, item, now)
         if isinstance(result, Rejected):
             self._metrics.queue_refused(CLASSES[item.rank], result.why.value)
+            self._left(group)
             return result
-        for endpoint in group.endpoints:
-            self._lines.setdefault(endpoint, {})[group] = None
+        if group.endpoints and group not in self._lines.get(group.endpoints[0], ()):
+            for endpoint in group.endpoints:
+                self._lines.setdefault(endpoint, {})[group] = None
         self.deadline = min(self.deadline, now + LOOK)
         for displaced in result or ():
+            self._left(_group_of(displaced))
             waiter: Waiter = displaced.waiter
             waiter.on_displaced(self.give_up(displaced, now, Why.DISPLACED), now)
         for told in self.on_wait:
@@ -273,6 +287,18 @@ class Admission:
         """Let go of a request that waits no longer, unless it is out already."""
         if not item.gone:
             self.queue.leave(item)
+            self._left(_group_of(item))
+
+    def _left(self, group: Group) -> None:
+        """Forget a line that is empty, if nobody but those who have tried others before can stand in it: there are as
+        many such lines as there are pairs of endpoints."""
+        if not group.kept and not self.queue.waiting(group):
+            for endpoint in group.endpoints:
+                lines = self._lines.get(endpoint)
+                if lines is not None:
+                    lines.pop(group, None)
+            self.queue.drop(group)
+            self.pool.drop(group)
 
     def give_up(self, item: Waiting, now: float, why: Why) -> Rejected:
         """Return what a request is told that waited in vain."""
@@ -301,25 +327,21 @@ class Admission:
     def _give_turns(self, now: float) -> None:
         while self._freed and self.queue.count:
             endpoint, _ = self._freed.popitem()
-            lines = self._lines.get(endpoint, ())
-            fits = partial(self._fits, endpoint, now)
             # At most as often as somebody waits: whoever cannot be sent after all waits again, and not for ever here.
             for _ in range(self.queue.count):
-                item = self.queue.next(lines, fits, now)
+                lines: Iterable[Group] = self._lines.get(endpoint, ())
+                if not endpoint.trusted(now):
+                    lines = [group for group in lines if not self._better(group, (), now)]
+                item = self.queue.next(lines, partial(_fits, endpoint), now, endpoint)
                 if item is None:
                     break
+                self._left(_group_of(item))
                 self._metrics.queue_waited(CLASSES[item.rank], now - item.arrived)
                 waiter: Waiter = item.waiter
+                self._place = endpoint
                 waiter.on_turn(now)
+                self._place = None
         self._freed.clear()
-
-    def _fits(self, endpoint: Endpoint, now: float, item: Waiting) -> bool:
-        if not (endpoint.available and endpoint.room(item.tokens)):
-            return False
-        assert item.line is not None
-        group = item.line.key
-        assert isinstance(group, Group)
-        return endpoint.trusted(now) or not self._better(group, (), now)
 
     def on_deadline(self, now: float) -> None:
         """Look at those who wait, and at how fast endpoints answer: what made room was perhaps nobody's word."""
@@ -365,6 +387,30 @@ def _line_name(group: Group) -> str:
     names = [endpoint.name for endpoint in group.endpoints]
     # Of engines that are not there yet the pool is all that is known.
     return line_name([*names, group.wake.pool] if group.wake is not None else names)
+
+
+class _Spoken(Container[Endpoint]):
+    """Endpoints that somebody who has just come is not sent to: those he tried, and those that others wait for."""
+
+    __slots__ = ("_awaited", "_tried")
+
+    def __init__(self, tried: Collection[Endpoint], awaited: Callable[[Endpoint], bool]) -> None:
+        self._tried = tried
+        self._awaited = awaited
+
+    def __contains__(self, endpoint: object) -> bool:
+        return endpoint in self._tried or (isinstance(endpoint, Endpoint) and self._awaited(endpoint))
+
+
+def _fits(endpoint: Endpoint, item: Waiting) -> bool:
+    return endpoint.available and endpoint.room(item.tokens)
+
+
+def _group_of(item: Waiting) -> Group:
+    assert item.line is not None
+    group = item.line.key
+    assert isinstance(group, Group)
+    return group
 
 
 _TOLD = {

@@ -317,7 +317,7 @@ class Wake(msgspec.Struct, frozen=True):
 class Group:
     """Endpoints that can serve the same requests: whoever waits for them stands in one line."""
 
-    __slots__ = ("chosen", "endpoints", "measured", "wake")
+    __slots__ = ("chosen", "endpoints", "kept", "measured", "wake")
 
     def __init__(self, endpoints: tuple[Endpoint, ...], wake: Wake | None = None) -> None:
         self.endpoints = endpoints
@@ -327,6 +327,8 @@ class Group:
         """Whether there is a choice."""
         self.measured = self.chosen or any(endpoint.watched for endpoint in endpoints)
         """Whether it matters how large a request is."""
+        self.kept = False
+        """Whether it is all that serve some model, and not only those that one request has not tried yet."""
 
 
 class Pool:
@@ -468,6 +470,7 @@ class Pool:
             if wake is not None and (path not in wake.paths or (serving and not able)):
                 wake = None
             group = self._able[model, path, salted, device] = self.group_of(able, wake)
+            group.kept = True
         return group
 
     def group_of(self, endpoints: tuple[Endpoint, ...], wake: Wake | None = None) -> Group:
@@ -489,6 +492,7 @@ class Pool:
             ]
             fit = tuple(can[place] for place in roomy([one.length(model) for one in can], tokens))
             found = group if len(fit) == len(endpoints) else self.group_of(fit, group.wake)
+            found.kept = True
             self._fitting[key] = found
         return found
 
@@ -504,6 +508,11 @@ class Pool:
         while nobody was served says nothing."""
         if any(model in self.wakes for model in endpoint.models):
             self.index()
+
+    def drop(self, group: Group) -> None:
+        """Forget a group that nobody waits for, unless it is kept."""
+        if not group.kept:
+            self._groups.pop((group.endpoints, group.wake), None)
 
     @property
     def ready(self) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engines.registry import ENGINES
-from gateway.policy.concurrency import ConcurrencyRules, Targets
+from gateway.policy.concurrency import ConcurrencyRules, Limit, Targets
 from gateway.policy.queue import QueueRules
 from gateway.policy.retry import BudgetRules
 from gateway.serving.admission import USUAL, AdmissionRules, Terms
@@ -73,7 +73,13 @@ class Crowd(Stage):
                 endpoint.connections = cast(Connections, FakeConnections(endpoint.name, self.attempts))
 
     def ask(
-        self, tenant: str = "a", *, stream: bool = True, terms: Terms = USUAL, tokens: tuple[int, int] | None = None
+        self,
+        tenant: str = "a",
+        *,
+        stream: bool = True,
+        terms: Terms = USUAL,
+        tokens: tuple[int, int] | None = None,
+        model: str = MODEL,
     ) -> Asked:
         """Send one more request on its way; ``tokens`` are those that its prompt and its answer are estimated at."""
         settled: list[tuple[Outcome, int]] = []
@@ -85,11 +91,11 @@ class Crowd(Stage):
             self.clock(),
         )
         ticket.tenant = tenant
-        ticket.serve(MODEL, stream)
+        ticket.serve(model, stream)
         if tokens is not None:
             ticket.hold = cast(Hold, Estimated(tokens))
         client = FakeClient()
-        order = Order(self.order.route, MODEL, dict(self.fields), stream, stream, True, None, terms)
+        order = Order(self.order.route, model, dict(self.fields), stream, stream, True, None, terms)
         relay = Relay(
             order, ticket, client, self.admission, self.deadlines, self.limits, self.metrics, self.done.append
         )
@@ -515,3 +521,106 @@ def test_a_stream_that_comes_in_one_read_has_a_first_token_too() -> None:
     crowd = Crowd(rules=AdmissionRules(capacity=ConcurrencyRules(Targets(ttft=1.0))))
     crowd.finish(crowd.ask())
     assert len(crowd.endpoint.window.ttfts) == 1
+
+
+def two_models() -> Crowd:
+    """Two engines of which only the first serves another model too, one request at once each."""
+    crowd = Crowd(rules=ONE_AT_ONCE)
+    names = (("e0", (MODEL, "other")), ("e1", (MODEL,)))
+    vllm = ENGINES["vllm"]
+    crowd.pool.configure(
+        [
+            EndpointSpec(name, "http://engine", vllm, Address("engine", 80), models=tuple((one, OWN) for one in models))
+            for name, models in names
+        ],
+        created=1,
+    )
+    crowd.fake_connections()
+    for endpoint in crowd.pool.endpoints:
+        endpoint.up(-100.0)
+    return crowd
+
+
+def test_nobody_overtakes_who_waits_for_an_engine_that_serves_his_model_too() -> None:
+    """Requests for one model do not keep an engine from those for another for as long as they come."""
+    crowd = two_models()
+    under_way = [crowd.ask(), crowd.ask()]
+    waits = crowd.ask(model="other")
+    assert waits.waits
+    first = next(one for one in under_way if one.ticket.endpoint == "e0")
+    attempt = crowd.attempt_of(first)
+    assert attempt is not None
+    attempt.connect()
+    attempt.head()
+    # Its end has made room, and before the event loop's turn is over somebody else comes.
+    attempt.data(FIRST + REST)
+    late = crowd.ask()
+    crowd.turns()
+    assert crowd.attempt_of(waits) is not None
+    assert late.waits
+
+
+def test_one_too_large_is_waited_for_by_those_for_another_model_too() -> None:
+    """The engine empties until it fits."""
+    crowd = two_models()
+    for endpoint in crowd.pool.endpoints:
+        endpoint.limit = Limit(8.0, tokens=1000)
+        endpoint.watched = True
+    crowd.pool.index()
+    small = [crowd.ask(tokens=(100, 100)) for _ in range(6)]
+    large = crowd.ask(tokens=(2000, 100), model="other")
+    assert not any(one.waits for one in small)
+    rounds = 0
+    while crowd.attempt_of(large) is None:
+        rounds += 1
+        assert rounds < 10
+        first = next(one for one in small if not one.settled and one.ticket.endpoint == "e0")
+        crowd.begin(first)
+        crowd.finish(first)
+        small.append(crowd.ask(tokens=(100, 100)))
+    assert rounds == 3
+
+
+def test_an_engine_that_is_set_aside_serves_those_who_have_no_other() -> None:
+    """However many of a better class wait for the engine that is well."""
+    crowd = two_models()
+    ejected = crowd.pool.endpoints[0]
+    for _ in range(5):
+        ejected.went_wrong(crowd.clock())
+    crowd.ask()
+    better = [crowd.ask(terms=Terms(rank=0)) for _ in range(3)]
+    assert all(one.waits for one in better)
+    first, second = crowd.ask(model="other"), crowd.ask(model="other")
+    crowd.advance(0.1)
+    attempt = crowd.attempt_of(first)
+    assert attempt is not None
+    attempt.connect()
+    attempt.lose(Loss.CLOSED)
+    crowd.turns()
+    assert second.ticket.endpoint == "e0"
+    assert all(one.waits for one in better)
+
+
+def test_lines_of_those_who_have_tried_others_do_not_stay() -> None:
+    """There are as many as there are pairs of engines."""
+    crowd = Crowd(endpoints=4, rules=ONE_AT_ONCE)
+    for _ in range(6):
+        asked = [crowd.ask() for _ in range(4)]
+        attempt = crowd.attempt_of(asked[0])
+        assert attempt is not None
+        attempt.connect()
+        attempt.lose(Loss.CLOSED)
+        assert asked[0].waits
+        crowd.advance(0.5)
+        for one in (*asked[1:], asked[0]):
+            crowd.finish(one)
+    assert len(crowd.admission.queue._lines) <= 1
+    assert len(crowd.pool._groups) == 1
+    assert sum(map(len, crowd.admission._lines.values())) <= 4
+    asked = [crowd.ask() for _ in range(4)]
+    attempt = crowd.attempt_of(asked[0])
+    assert attempt is not None
+    attempt.connect()
+    attempt.lose(Loss.CLOSED)
+    asked[0].relay.client_gone()
+    assert len(crowd.pool._groups) == 1
