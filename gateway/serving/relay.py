@@ -360,14 +360,16 @@ class Relay:
         if failure is not None or self._charged is not None:
             # What it costs its tenant was charged with its first turn.
             item.cost = 0.0
+        # Before it enters: whoever makes room for it may set off that it has to make room itself.
+        before, self._turn = self._turn, item
         rejected = self._admission.enter(waits_for, item, now)
         if rejected is not None:
+            self._turn = before
             if self._rest and self._fall_back(now):
                 self._attempt(now, failure)
             else:
                 self._fail(failure or slow_down(rejected, self._order.model, 0.0), now)
             return
-        self._turn = item
         self._rearm()
 
     @property

@@ -624,3 +624,21 @@ def test_lines_of_those_who_have_tried_others_do_not_stay() -> None:
     attempt.lose(Loss.CLOSED)
     asked[0].relay.client_gone()
     assert len(crowd.pool._groups) == 1
+
+
+def test_who_is_displaced_by_what_his_own_coming_set_off() -> None:
+    """A client that is told to make room may have sent its next request already, and it begins within that answer."""
+    crowd = Crowd(rules=AdmissionRules(QueueRules(requests=1), ConcurrencyRules(most=1)))
+    crowd.ask()
+    low = crowd.ask(terms=Terms(rank=2))
+    told, later = low.client.respond, []
+
+    def respond(status: int, headers: bytes, body: bytes) -> None:
+        told(status, headers, body)
+        later.append(crowd.ask(terms=Terms(rank=0)))
+
+    low.client.respond = respond  # type: ignore[method-assign]
+    usual = crowd.ask()
+    assert low.settled == usual.settled == [(Outcome.BUSY, 429)]
+    assert later[0].waits
+    assert crowd.admission.queue.count == 1
