@@ -360,6 +360,7 @@ class Relay:
         if failure is not None or self._charged is not None:
             # What it costs its tenant was charged with its first turn.
             item.cost = 0.0
+        item.deadline = min(item.deadline, self._total_at)
         # Before it enters: whoever makes room for it may set off that it has to make room itself.
         before, self._turn = self._turn, item
         rejected = self._admission.enter(waits_for, item, now)

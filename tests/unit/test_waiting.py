@@ -19,7 +19,7 @@ from gateway.serving.admission import USUAL, AdmissionRules, Terms
 from gateway.serving.limiter import Hold, Settlement
 from gateway.serving.meter import Usage
 from gateway.serving.pool import EndpointSpec
-from gateway.serving.relay import HEARTBEAT, Order, Relay
+from gateway.serving.relay import HEARTBEAT, Order, Relay, RelayLimits
 from gateway.serving.ticket import Outcome, Ticket
 from gateway.serving.upstream import Address, Connections, Loss
 from tests.unit.ports import MODEL, OWN, FakeClient, FakeConnection, FakeConnections, Stage
@@ -642,3 +642,17 @@ def test_who_is_displaced_by_what_his_own_coming_set_off() -> None:
     assert low.settled == usual.settled == [(Outcome.BUSY, 429)]
     assert later[0].waits
     assert crowd.admission.queue.count == 1
+
+
+def test_nobody_waits_longer_than_a_request_may_take() -> None:
+    """Its turn would come for nothing: it would be cut off as soon as an engine had begun."""
+    crowd = Crowd(rules=ONE_AT_ONCE, limits=RelayLimits(total=20.0, heartbeat_after=0))
+    first = crowd.ask(stream=False)
+    crowd.attempt.connect()
+    second = crowd.ask(stream=False, terms=Terms(rank=2))
+    crowd.advance(19.9)
+    assert second.waits
+    crowd.advance(0.1)
+    assert second.settled == [(Outcome.BUSY, 429)]
+    assert "waited for 20 s" in second.client.json["error"]["message"]
+    assert first.settled == [(Outcome.ENGINE_SLOW, 504)]
