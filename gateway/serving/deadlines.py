@@ -47,13 +47,19 @@ class Deadlines:
         return len(self._waiters)
 
     def run_due(self) -> None:
-        """Tell everyone who is late, once."""
+        """Tell everyone who is late, once. Raises what the first that failed raised, when all have been told."""
         now = self.clock()
         late = [waiter for waiter in self._waiters if waiter.deadline <= now]
+        failed: Exception | None = None
         for waiter in late:
             # An earlier one may have ended this one.
             if waiter in self._waiters and waiter.deadline <= now:
-                waiter.on_deadline(now)
+                try:
+                    waiter.on_deadline(now)
+                except Exception as error:
+                    failed = failed or error
+        if failed is not None:
+            raise failed
 
     def start(self) -> None:
         """Sweep until ``stop``."""
@@ -69,4 +75,5 @@ class Deadlines:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_INTERVAL)
-            self.run_due()
+            # In a callback of its own: what fails there is heard of, and the sweep goes on.
+            asyncio.get_running_loop().call_soon(self.run_due)

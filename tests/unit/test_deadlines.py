@@ -86,6 +86,34 @@ def test_new_waiters_may_come_in_the_middle_of_a_sweep() -> None:
     assert len(deadlines) == 2
 
 
+async def test_one_that_fails_costs_the_others_no_deadline() -> None:
+    """Neither in its sweep nor in those after it; and it is heard of."""
+    import asyncio
+
+    clock = ManualClock(start=100)
+    deadlines = Deadlines(clock)
+    heard: list[object] = []
+    told = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().set_exception_handler(lambda loop, what: heard.append(what.get("exception")))
+
+    class Broken(Waiter):
+        def on_deadline(self, now: float) -> None:
+            raise ZeroDivisionError
+
+    class Second(Waiter):
+        def on_deadline(self, now: float) -> None:
+            self.told.append(now)
+            if len(self.told) == 2:
+                told.set_result(now)
+
+    Broken(deadlines, 100)
+    Second(deadlines, 100)
+    deadlines.start()
+    await told
+    await deadlines.stop()
+    assert [type(error) for error in heard] == [ZeroDivisionError] * 2
+
+
 async def test_the_sweep_runs_by_itself_and_stops() -> None:
     clock = ManualClock(start=100)
     deadlines = Deadlines(clock)
