@@ -118,6 +118,11 @@ SHUTTING_DOWN = Refusal(Kind.SHUTDOWN, "The gateway is shutting down. Send the r
 """What a request gets that is left when the time to drain is over, wherever it is."""
 
 
+def internal(request_id: str) -> Refusal:
+    """Return what is told of a request on which the gateway itself failed."""
+    return Refusal(Kind.INTERNAL, f"The gateway failed on this request. Report it with its id: {request_id}.")
+
+
 def no_model(model: str) -> Refusal:
     """Return what is told of a model that there is not."""
     told = f"The model {model!r} does not exist. GET /v1/models lists what there is."

@@ -23,7 +23,7 @@ from gateway.api.media import MediaRules
 from gateway.api.peek import Asked, read_body
 from gateway.api.request import Request, Steps
 from gateway.api.terms import read_patience, terms_of
-from gateway.errors import SHUTTING_DOWN, Kind, Refusal, no_model
+from gateway.errors import SHUTTING_DOWN, Kind, Refusal, internal, no_model
 from gateway.headers import EXPOSE, JSON, Header
 from gateway.log import Log
 from gateway.metrics import Metrics
@@ -395,8 +395,7 @@ class Edge:
 
     def _internal(self, request: Request, error: Exception, client: Client) -> None:
         self.log.failed("internal_error", error, request_id=request.ticket.request_id)
-        told = f"The gateway failed on this request. Report it with its id: {request.ticket.request_id}."
-        refusal = Refusal(Kind.INTERNAL, told)
+        refusal = internal(request.ticket.request_id)
         if request.relay is not None:
             request.relay.give_up(refusal)
         else:

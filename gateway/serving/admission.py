@@ -336,12 +336,19 @@ class Admission:
                 if item is None:
                     break
                 self._left(_group_of(item))
-                self._metrics.queue_waited(CLASSES[item.rank], now - item.arrived)
-                waiter: Waiter = item.waiter
-                self._place = endpoint
-                waiter.on_turn(now)
-                self._place = None
+                self._give_turn(item, endpoint, now)
         self._freed.clear()
+
+    def _give_turn(self, item: Waiting, endpoint: Endpoint, now: float) -> None:
+        self._metrics.queue_waited(CLASSES[item.rank], now - item.arrived)
+        waiter: Waiter = item.waiter
+        self._place = endpoint
+        try:
+            waiter.on_turn(now)
+        except Exception as error:
+            # Heard of by itself: it is nobody else's fault, and must not cost others their turns.
+            self._soon(partial(_raise, error))
+        self._place = None
 
     def on_deadline(self, now: float) -> None:
         """Look at those who wait, and at how fast endpoints answer: what made room was perhaps nobody's word."""
@@ -400,6 +407,10 @@ class _Spoken(Container[Endpoint]):
 
     def __contains__(self, endpoint: object) -> bool:
         return endpoint in self._tried or (isinstance(endpoint, Endpoint) and self._awaited(endpoint))
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _fits(endpoint: Endpoint, item: Waiting) -> bool:

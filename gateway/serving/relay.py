@@ -22,7 +22,7 @@ from typing import Protocol
 import msgspec
 
 from engines.protocol import Capability, Dispatch, EngineError, Fault, Fields
-from gateway.errors import SHUTTING_DOWN, Kind, Refusal
+from gateway.errors import SHUTTING_DOWN, Kind, Refusal, internal
 from gateway.headers import EXPOSE, JSON, model_line
 from gateway.metrics import Metrics
 from gateway.policy.hedge import Hedging
@@ -384,7 +384,12 @@ class Relay:
         self._ticket.waited += now - turn.arrived
         if turn.cost:
             self._charged = turn
-        self._attempt(now, self._failure, turn=True)
+        try:
+            self._attempt(now, self._failure, turn=True)
+        except Exception:
+            # Nobody else would: it is called by whoever made room.
+            self.give_up(internal(self._ticket.request_id))
+            raise
 
     def on_displaced(self, rejected: Rejected, now: float) -> None:
         """Take that it has to make room for another."""

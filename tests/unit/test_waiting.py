@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import msgspec
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -656,3 +657,25 @@ def test_nobody_waits_longer_than_a_request_may_take() -> None:
     assert second.settled == [(Outcome.BUSY, 429)]
     assert "waited for 20 s" in second.client.json["error"]["message"]
     assert first.settled == [(Outcome.ENGINE_SLOW, 504)]
+
+
+def test_one_whose_turn_fails_holds_up_nobody() -> None:
+    """He is answered, what he holds is given back, the next one has his turn; and the fault is heard of."""
+    crowd = Crowd(rules=ONE_AT_ONCE)
+    first, second, third = crowd.ask(), crowd.ask(stream=False), crowd.ask()
+    sends = crowd.endpoint.connections.send
+
+    def send(*what: Any, **how: Any) -> Any:
+        crowd.endpoint.connections.send = sends  # type: ignore[method-assign]
+        raise ZeroDivisionError
+
+    crowd.endpoint.connections.send = send  # type: ignore[method-assign]
+    crowd.finish(first)
+    assert second.settled == [(Outcome.INTERNAL, 500)]
+    with pytest.raises(ZeroDivisionError):
+        crowd.turns()
+    crowd.turns()
+    assert crowd.attempt_of(third) is not None
+    crowd.finish(third)
+    assert crowd.in_flight == crowd.admission.queue.count == 0
+    crowd.advance(60)
