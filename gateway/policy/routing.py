@@ -37,6 +37,10 @@ HOMES = 3
 """Of a session's homes, so many are tried when those before are away."""
 TRIES = 8
 """Further random ones before all are looked at."""
+SLOW = 8.0
+"""One that reads so much slower than the quickest is perhaps no longer so slow as it was seen to be."""
+AGAIN = 64
+"""In one of so many choices it is taken to be as quick as the others."""
 ADAPTERS = 4096
 """Adapters whose last endpoints are remembered."""
 SETS = 256
@@ -322,10 +326,14 @@ class Router(Generic[K]):
         common = 0.0
         equals = 1
         scored = []
+        rates = [rate for endpoint in left if (rate := endpoint.prefill_rate) > 0]
+        least = 0.0
+        if rates and min(rates) * SLOW < max(rates) and not draw(AGAIN):
+            least = max(rates) / SLOW
         for endpoint in left:
             rate = endpoint.prefill_rate
-            if rate <= 0:
-                rate = common = common or _common_rate(left)
+            if rate <= least:
+                rate = common = common or _common_rate(rates)
             one = self._weigh(job, endpoint, held.get(endpoint.name, 0), endpoint is home, rate, now)
             scored.append(one)
             if best is None or one.cost < best.cost:
@@ -442,7 +450,6 @@ def _usable(endpoint: K, tokens: int, tried: Container[K]) -> bool:
     return endpoint.available and endpoint not in tried and endpoint.room(tokens)
 
 
-def _common_rate(endpoints: Sequence[Contender]) -> float:
+def _common_rate(known: Sequence[float]) -> float:
     """Return the rate of an endpoint whose own is not known: the mean of the others."""
-    known = [rate for endpoint in endpoints if (rate := endpoint.prefill_rate) > 0]
     return sum(known) / len(known) if known else scorers.ASSUMED_RATE

@@ -368,3 +368,18 @@ def test_models_on_the_same_endpoints_share_what_is_worked_out_for_them() -> Non
         router.choose(Job(1, 1, session=1), (*able,), (), Random(1).randrange, NOW)
     assert len(router._alike) == 1
     assert len(router._places) < 5000
+
+
+def test_one_that_was_slow_once_is_tried_again() -> None:
+    """Nobody knows that an engine is quick again who sends it nothing."""
+    able = places(4)
+    able[0].prefill_rate = 16.0
+    for place in able[1:]:
+        place.in_flight = 50
+    random = Random(1)
+    chosen = Counter(
+        choice.endpoint.name
+        for _ in range(2000)
+        if (choice := Router[Place]().choose(Job(1000, 100), able, (), random.randrange, NOW)) is not None
+    )
+    assert 10 < chosen["p0"] < 60
