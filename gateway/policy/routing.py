@@ -231,12 +231,20 @@ class Router(Generic[K]):
         return len(able) > 1
 
     def choose(
-        self, job: Job, able: tuple[K, ...], tried: Container[K], draw: Callable[[int], int], now: float
+        self,
+        job: Job,
+        able: tuple[K, ...],
+        tried: Container[K],
+        draw: Callable[[int], int],
+        now: float,
+        *,
+        near: K | None = None,
     ) -> Choice[K] | None:
         """Return who serves a job, None when no endpoint that is available and not tried has room for it.
 
         ``able``: who could serve it; the same tuple each time, as long as it is the same endpoints. ``draw`` returns a
-        random whole number from 0 to below its argument. ``now`` is of the clock of the endpoints' ramps.
+        random whole number from 0 to below its argument. ``now`` is of the clock of the endpoints' ramps. ``near``: one
+        of them that has room, as far as is known.
         """
         tokens = job.prompt + job.output
         if len(able) == 1:
@@ -256,6 +264,8 @@ class Router(Generic[K]):
             if job.session:
                 homes = islice(self._at(able).homes(job.session), HOMES)
                 home = next((one for one in homes if field.offer(one)), None)
+            if near is not None:
+                field.offer(near)
             held = self._propose(job, able, draw, field)
         left = field.good or field.bad
         if not left:

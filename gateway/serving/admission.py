@@ -136,11 +136,12 @@ class Admission:
         """Return who serves a request now; None: nobody has room, or others wait for them (unless it is the request's
         own ``turn``)."""
         left: Container[Endpoint] = tried
+        place = self._place if turn else None
         if self.queue.count:
             if not turn and self.queue.waiting(group):
                 return None
-            left = _Spoken(tried, partial(self._awaited, group, self._place if turn else None))
-        choice = self.router.choose(job, group.endpoints, left, self._draw, now)
+            left = _Spoken(tried, partial(self._awaited, group, place))
+        choice = self.router.choose(job, group.endpoints, left, self._draw, now, near=place)
         if choice is None or (not choice.trusted and self._better(group, tried, now)):
             return None
         if group.chosen:

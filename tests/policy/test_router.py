@@ -383,3 +383,19 @@ def test_one_that_was_slow_once_is_tried_again() -> None:
         if (choice := Router[Place]().choose(Job(1000, 100), able, (), random.randrange, NOW)) is not None
     )
     assert 10 < chosen["p0"] < 60
+
+
+def test_the_only_one_with_room_is_not_looked_for_when_it_is_known() -> None:
+    """Whose turn it is has it from an endpoint: under overload all others of a thousand are full."""
+    looked = []
+
+    class Looked(Place):
+        def room(self, tokens: int) -> bool:
+            looked.append(self)
+            return super().room(tokens)
+
+    able = tuple(Looked(f"p{at}", in_flight=100) for at in range(1000))
+    able[500].in_flight = 99
+    choice = Router[Place]().choose(Job(100, 100), able, (), Random(1).randrange, NOW, near=able[500])
+    assert choice is not None and choice.endpoint is able[500]
+    assert len(looked) < 20
