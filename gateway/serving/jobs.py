@@ -25,6 +25,8 @@ _NEEDS = {
     "stop": (Capability.STOP_WORDS, _NO_TOOLS),
 }
 """Fields that need something of an engine, and what they say where they do not."""
+_LONGEST_NAME = 1024
+"""Bytes of a ``prompt_cache_key`` that tell sessions apart."""
 NOTHING_TOLD = Job(0, 0)
 """Where there is no choice."""
 
@@ -35,7 +37,11 @@ def job_of(fields: Fields, model: str, salt: str | None, size: tuple[int, int], 
     if not chosen:
         return Job(*size)
     key = fields.get("prompt_cache_key")
-    session = zlib.crc32(key) if key is not None and bytes(key) != _NULL else 0
+    session = 0
+    if key is not None:
+        # A name, and as short as one, or it is not worth the time.
+        name = memoryview(key)[:_LONGEST_NAME]
+        session = zlib.crc32(name) if name != _NULL else 0
     return Job(*size, _blocks(fields, model, salt), session)
 
 

@@ -17,6 +17,7 @@ from gateway.policy.concurrency import ConcurrencyRules, Limit, Targets
 from gateway.policy.queue import QueueRules
 from gateway.policy.retry import BudgetRules
 from gateway.serving.admission import USUAL, AdmissionRules, Terms
+from gateway.serving.jobs import job_of
 from gateway.serving.limiter import Hold, Settlement
 from gateway.serving.meter import Usage
 from gateway.serving.pool import EndpointSpec
@@ -679,3 +680,15 @@ def test_one_whose_turn_fails_holds_up_nobody() -> None:
     crowd.finish(third)
     assert crowd.in_flight == crowd.admission.queue.count == 0
     crowd.advance(60)
+
+
+def test_a_sessions_name_is_read_no_further_than_names_are_long() -> None:
+    """It may be as long as a body: ten megabytes would hold up the event loop for milliseconds."""
+    long = [b'"%b%b"' % (b"x" * 2000, end) for end in (b"a", b"b")]
+    names = [b'"a"', b'"b"', *long, b"null"]
+    sessions = [
+        job_of({"prompt_cache_key": msgspec.Raw(name)}, MODEL, None, (1, 1), chosen=True).session for name in names
+    ]
+    assert sessions[2] == sessions[3]
+    assert len(set(sessions)) == 4
+    assert sessions[4] == 0
