@@ -33,6 +33,8 @@ TURNS = 10
 LONGEST_RETRY = 60.0
 """Seconds after which a refused request is told to come back at most: SDKs take no longer time by its word."""
 SHORTEST_RETRY = 0.1
+UNKNOWN_RETRY = 1.0
+"""The same where nobody knows yet at what pace a line empties."""
 HORIZON = 20.0
 """Seconds by which the past of a drain counts: what was drained so long ago weighs a third."""
 KNOWN_AFTER = 4
@@ -158,7 +160,8 @@ class Drain:
         gone = max(0.0, now - since)
         fade = math.exp(-gone / HORIZON)
         self._cost = self._cost * fade + cost
-        self._time = self._time * fade + gone
+        # Whatever was before so long a time without a turn is forgotten, and no more of that time counts.
+        self._time = self._time * fade + min(gone, HORIZON)
         self._left += 1
         self._since = now
 
@@ -338,6 +341,7 @@ class Line:
         self.drain = Drain()
         self.count = 0
         self._told: dict[tuple[int, str], float] = {}
+        self._tidy_at = 0.0
 
     def best(self) -> int:
         """Return the best class of those that wait; somebody must be waiting."""
@@ -370,12 +374,16 @@ class Line:
         """Return when somebody who is refused should come back, not before ``at``: each of a tenant's later than the
         one before, at the pace at which the line empties, so that they do not all come at once."""
         rate = self.drain.rate(now)
-        if len(self._told) >= MOST_TOLD:
+        if len(self._told) >= MOST_TOLD and now >= self._tidy_at:
+            self._tidy_at = now + 1.0
             self._told = {who: until for who, until in self._told.items() if until > now}
         whose = rank, tenant
-        share = (cost / rate) if rate else 0.0
+        if rate:
+            share = cost / rate
+        else:
+            at, share = max(at, now + UNKNOWN_RETRY), SHORTEST_RETRY
         until = min(max(at, self._told.get(whose, 0.0)) + share, now + LONGEST_RETRY)
-        if len(self._told) < MOST_TOLD:
+        if whose in self._told or len(self._told) < MOST_TOLD:
             self._told[whose] = until
         return until
 

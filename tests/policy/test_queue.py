@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gateway.policy.queue import LONGEST_RETRY, TURNS, Queue, QueueRules, Rejected, Waiting, Why
+from gateway.policy.queue import LONGEST_RETRY, MOST_TOLD, TURNS, Queue, QueueRules, Rejected, Waiting, Why
 
 ROOMY = QueueRules(requests=100_000)
 
@@ -299,6 +299,50 @@ def test_each_that_is_refused_is_told_a_later_moment() -> None:
         assert refused.why is Why.FULL
         told.append(round(refused.retry_after, 3))
     assert told == [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_nobody_is_told_to_come_back_at_once_while_nothing_is_known() -> None:
+    """A queue that is full before anybody has left it would be asked ten times a second by each who is refused."""
+    queue = Queue(QueueRules(requests=1))
+    entered(queue, item("a"))
+    told = []
+    for _ in range(3):
+        refused = queue.enter("line", item("a"), 0.0)
+        assert isinstance(refused, Rejected)
+        told.append(round(refused.retry_after, 3))
+    assert told == [1.1, 1.2, 1.3]
+
+
+def test_a_line_that_stood_still_is_soon_known_to_move() -> None:
+    """Two minutes of an engine's trouble do not keep everybody away for minutes after."""
+    queue = Queue(ROOMY)
+    now = drained(queue, pace=10, count=50) + 120
+    for _ in range(200):
+        entered(queue, item("past", now), now)
+    for _ in range(150):
+        now += 0.1
+        take(queue, now)
+    rate = queue.line("line").drain.rate(now)
+    assert rate is not None
+    assert 4 < rate < 10
+
+
+def test_many_that_are_refused_are_told_without_a_look_at_all_others() -> None:
+    """Of more tenants than are remembered each is told the next moment there is, and those remembered stay so."""
+    queue = Queue(QueueRules(requests=5))
+    now = drained(queue, pace=1, count=4)
+    for at in range(4):
+        entered(queue, item(f"t{at}", now), now)
+    for at in range(MOST_TOLD + 10):
+        assert isinstance(queue.enter("line", item(f"t{at}", now), now), Rejected)
+    line = queue.line("line")
+    remembered = line._told
+    assert isinstance(queue.enter("line", item("t0", now), now), Rejected)
+    assert isinstance(queue.enter("line", item("more", now), now + 0.5), Rejected)
+    assert line._told is remembered
+    assert (len(remembered), round(remembered[0, "t0"] - now, 3)) == (MOST_TOLD, 2.0)
+    assert isinstance(queue.enter("line", item("more", now), now + 1.8), Rejected)
+    assert len(line._told) == 2
 
 
 def test_a_full_queue_makes_room_at_the_cost_of_whoever_has_most_waiting() -> None:
