@@ -8,7 +8,8 @@ does it.
     flow   inside a class: a tenant's requests; flows share by virtual counters of service (``fairness``)
     turn   inside a flow: the earliest deadline first, equal ones in the order they came
 
-Whoever is next and does not fit yet is waited for: nobody smaller slips past, or a large request would starve.
+Whoever is next and does not fit yet is waited for, or a large request would starve: the place that he does not fit is
+held for him, and nobody smaller of his class slips past him there. Other places go on; he has the first that he fits.
 
 Of several gateways each has a queue. Each tells the others what it charged and who waits (``Queue.tell``,
 ``Queue.told``); a line is known to all of them by its name.
@@ -20,7 +21,7 @@ import hashlib
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -195,14 +196,14 @@ class _Flow:
 
     def first(self) -> Waiting:
         heap = self.heap
-        while heap[0][2].gone:
+        while heap[0][2].flow is None:
             heapq.heappop(heap)
         return heap[0][2]
 
     def tidy(self) -> None:
         """Let go of those who left, before they outnumber those who wait."""
         if len(self.heap) > 2 * self.count + 16:
-            self.heap = [entry for entry in self.heap if not entry[2].gone]
+            self.heap = [entry for entry in self.heap if entry[2].flow is not None]
             heapq.heapify(self.heap)
 
 
@@ -245,7 +246,7 @@ class _Class:
         """Take somebody out, whether he leaves or has his turn."""
         flow = item.flow
         assert flow is not None
-        item.gone = True
+        item.flow = None
         flow.count -= 1
         flow.cost -= item.cost
         self.count -= 1
@@ -262,7 +263,7 @@ class _Class:
             self._heap.clear()
             self._arrivals.clear()
         elif len(self._arrivals) > 2 * self.count + 16:
-            self._arrivals = deque(one for one in self._arrivals if not one.gone)
+            self._arrivals = deque(one for one in self._arrivals if one.flow is not None)
 
     def first(self) -> Waiting:
         """Return whose turn it is."""
@@ -274,7 +275,7 @@ class _Class:
     def oldest(self) -> float:
         """Return when the one came that has waited longest."""
         arrivals = self._arrivals
-        while arrivals[0].gone:
+        while arrivals[0].flow is None:
             arrivals.popleft()
         return arrivals[0].arrived
 
@@ -343,15 +344,14 @@ class Line:
         self._told: dict[tuple[int, str], float] = {}
         self._tidy_at = 0.0
 
-    def best(self) -> int:
-        """Return the best class of those that wait; somebody must be waiting."""
-        return next(rank for rank, one in enumerate(self.classes) if one.count)
+    def first(self) -> Waiting | None:
+        """Return whose turn it is in the best class of those that wait; None: nobody waits who has not had it."""
+        return next((one.first() for one in self.classes if one.count), None)
 
-    def taken(self, item: Waiting, now: float) -> None:
-        """Account for a turn."""
-        self.classes[item.rank].charge(item)
+    def left(self, cost: float, now: float) -> None:
+        """Take that somebody goes who had his turn."""
         self.count -= 1
-        self.drain.took(item.cost, now)
+        self.drain.took(cost, now)
         if not self.count:
             self.drain.end()
 
@@ -412,6 +412,8 @@ class Queue:
         self._lines: dict[Hashable, Line] = {}
         self._holders = [Holders[Waiting]() for _ in range(classes)]
         self._order = 0
+        self._held: dict[Waiting, tuple[Hashable, int]] = {}
+        """Those who had their turn and did not fit: the place that is held for each, and before which classes."""
         self._turns: dict[Hashable, int] = {}
         """How many turns each place has given since it gave one to a class that had waited too long."""
 
@@ -430,6 +432,15 @@ class Queue:
     def lines(self) -> list[tuple[Hashable, int]]:
         """Return every line, and how many wait in it."""
         return [(key, line.count) for key, line in list(self._lines.items())]
+
+    def in_line(self, key: Hashable) -> bool:
+        """Tell whether anybody in a line has not had his turn yet."""
+        line = self._lines.get(key)
+        return line is not None and any(one.count for one in line.classes)
+
+    def holds(self, place: Hashable) -> bool:
+        """Tell whether a place is held for somebody who does not fit it yet."""
+        return any(at == place for at, _ in self._held.values())
 
     def line(self, key: Hashable) -> Line:
         """Return the line of those who wait for the same engines, a new one where there is none."""
@@ -481,7 +492,12 @@ class Queue:
         line = item.line
         assert line is not None
         assert not item.gone
-        line.classes[item.rank].drop(item)
+        if self._held.pop(item, None) is None:
+            line.classes[item.rank].drop(item)
+        else:
+            # Its turn came to nothing.
+            self.settle(item, -item.cost)
+        item.gone = True
         line.count -= 1
         if not line.count:
             line.drain.end()
@@ -490,34 +506,65 @@ class Queue:
     def next(
         self, keys: Iterable[Hashable], fits: Callable[[Waiting], bool], now: float, place: Hashable = None
     ) -> Waiting | None:
-        """Return whose turn it is in any of the lines and see him out; None: nobody waits, or he does not fit yet.
-        ``place``: whose turns they are, one of those that all in these lines wait for."""
+        """Return whose turn it is in any of the lines and see him out; None: nobody waits, or he does not fit yet and
+        the place is held for him. ``place``: whose turns they are, one of those that all in these lines wait for, and
+        one that has room for somebody."""
         lines = [line for key in keys if (line := self._lines.get(key)) is not None and line.count]
         if not lines:
             return None
-        best: Waiting | None = None
-        for line in lines:
-            first = line.classes[line.best()].first()
-            if best is None or (first.rank, first.since) < (best.rank, best.since):
-                best = first
-        assert best is not None
-        turn = self._turns.get(place, 0)
-        if turn >= TURNS - 1:
-            aged = self._aged(lines, best.rank, now)
-            best, turn = (best, turn) if aged is None else (aged, -1)
-        if not fits(best):
+        best, rank = self._first(lines, now, place)
+        if self._held:
+            before = self.classes
+            for item, (at, held) in self._held.items():
+                if item.line not in lines or held >= before:
+                    continue
+                if (best is None or held <= rank) and fits(item):
+                    del self._held[item]
+                    return self._out(item, now)
+                if at == place:
+                    # Held for him before all of his class, those who had their turn after him too.
+                    before = held
+            if before <= rank:
+                return None
+        if best is None:
             return None
-        self._turns[place] = turn + 1
-        line, flow = best.line, best.flow
+        self._turn(best, place, aged=rank < 0)
+        if fits(best):
+            return self._out(best, now)
+        self._held[best] = place, rank
+        return None
+
+    def _first(self, lines: Sequence[Line], now: float, place: Hashable) -> tuple[Waiting | None, int]:
+        """Return whose turn it is and before which classes: his own, or before all if that has waited too long."""
+        firsts = [first for line in lines if (first := line.first()) is not None]
+        if not firsts:
+            return None, self.classes
+        best = min(firsts, key=lambda one: (one.rank, one.since))
+        if self._turns.get(place, 0) >= TURNS - 1:
+            aged = self._aged(lines, best.rank, now)
+            if aged is not None:
+                return aged, -1
+        return best, best.rank
+
+    def _turn(self, item: Waiting, place: Hashable, *, aged: bool) -> None:
+        """Give somebody his turn: he is charged, and out of his flow."""
+        line, flow = item.line, item.flow
         assert line is not None
         assert flow is not None
+        self._turns[place] = 0 if aged else self._turns.get(place, 0) + 1
         self._order += 1
         flow.served = self._order
-        line.taken(best, now)
-        if self.deltas is not None and best.cost:
-            self.deltas.note((line.name, best.rank, best.tenant), Charge(served=best.cost / best.weight))
-        self._hold(best, -1)
-        return best
+        line.classes[item.rank].charge(item)
+        if self.deltas is not None and item.cost:
+            self.deltas.note((line.name, item.rank, item.tenant), Charge(served=item.cost / item.weight))
+
+    def _out(self, item: Waiting, now: float) -> Waiting:
+        """See somebody out who had his turn and fits."""
+        assert item.line is not None
+        item.gone = True
+        item.line.left(item.cost, now)
+        self._hold(item, -1)
+        return item
 
     def _aged(self, lines: Iterable[Line], better: int, now: float) -> Waiting | None:
         """Return whose turn it is in the class that has waited longest of those passed over for a better one, if it has
@@ -577,9 +624,11 @@ class Queue:
         self._turns.clear()
         if line is None:
             return []
-        left = [item for one in line.classes for flow in one.flows.values() for _, _, item in flow.heap]
-        left = sorted((item for item in left if not item.gone), key=lambda item: item.arrived)
+        left = [item for one in line.classes for flow in one.flows.values() for _, _, item in flow.heap if item.flow]
+        left += [item for item in self._held if item.line is line]
+        left.sort(key=lambda item: item.arrived)
         for item in left:
+            self._held.pop(item, None)
             item.gone = True
             self._hold(item, -1)
         return left

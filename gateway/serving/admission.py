@@ -138,7 +138,7 @@ class Admission:
         left: Container[Endpoint] = tried
         place = self._place if turn else None
         if self.queue.count:
-            if not turn and self.queue.waiting(group):
+            if not turn and self.queue.in_line(group):
                 return None
             left = _Spoken(tried, partial(self._awaited, group, place))
         choice = self.router.choose(job, group.endpoints, left, self._draw, now, near=place)
@@ -149,9 +149,13 @@ class Admission:
         return choice
 
     def _awaited(self, group: Group, place: Endpoint | None, endpoint: Endpoint) -> bool:
-        """Whether somebody in another line than a group's waits for an endpoint that is not the ``place``."""
-        return endpoint is not place and any(
-            other is not group and self.queue.waiting(other) for other in self._lines.get(endpoint, ())
+        """Whether an endpoint that is not the ``place`` is held, or somebody in another line than a group's waits for
+        it."""
+        if endpoint is place:
+            return False
+        in_line = self.queue.in_line
+        return self.queue.holds(endpoint) or any(
+            other is not group and in_line(other) for other in self._lines.get(endpoint, ())
         )
 
     def would_choose(self, group: Group, job: Job, now: float) -> Choice[Endpoint] | None:
@@ -330,6 +334,8 @@ class Admission:
             endpoint, _ = self._freed.popitem()
             # At most as often as somebody waits: whoever cannot be sent after all waits again, and not for ever here.
             for _ in range(self.queue.count):
+                if not endpoint.room(0):
+                    break
                 lines: Iterable[Group] = self._lines.get(endpoint, ())
                 if not endpoint.trusted(now):
                     lines = [group for group in lines if not self._better(group, (), now)]

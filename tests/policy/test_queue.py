@@ -36,6 +36,8 @@ class Waits(RuleBasedStateMachine):
         super().__init__()
         self.queue = Queue(QueueRules(requests=12, tokens=400, bytes=400, aged=3.0))
         self.there: list[Waiting] = []
+        self.held: list[Waiting] = []
+        """Those of them who had their turn and did not fit."""
         self.ended: Counter[str] = Counter()
         self.came = 0
         self.now = 0.0
@@ -92,18 +94,27 @@ class Waits(RuleBasedStateMachine):
             return one.tokens <= most
 
         taken = self.queue.next(keys, fits, self.now)
-        assert len(seen) == bool(lines), "somebody waits and is not asked, or more than one is"
+        assert bool(seen) <= bool(lines), "somebody is asked who does not wait here"
+        assert all(one in lines for one in seen)
+        assert seen or not lines or self.held
         if taken is None:
             assert all(one.tokens > most for one in seen)
+            self.held += [one for one in seen if one not in self.held]
             return
-        assert seen == [taken]
-        rivals = [
-            one
-            for one in self.there
-            if (one.line, one.rank, one.tenant) == (taken.line, taken.rank, taken.tenant) and one is not taken
-        ]
-        assert all(taken.deadline <= one.deadline for one in rivals), "inside a tenant the earliest deadline goes first"
-        assert all(taken.arrived <= one.arrived for one in rivals if one.deadline == taken.deadline)
+        assert seen[-1] is taken
+        assert all(one in self.held for one in seen[:-1])
+        if taken in self.held:
+            self.held.remove(taken)
+        else:
+            rivals = [
+                one
+                for one in self.there
+                if (one.line, one.rank, one.tenant) == (taken.line, taken.rank, taken.tenant)
+                and one is not taken
+                and one not in self.held
+            ]
+            assert all(taken.deadline <= one.deadline for one in rivals), "inside a tenant the earliest deadline first"
+            assert all(taken.arrived <= one.arrived for one in rivals if one.deadline == taken.deadline)
         self.there.remove(taken)
         self.ended["taken"] += 1
         self.queue.settle(taken, 1.0)
@@ -114,6 +125,7 @@ class Waits(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost(self) -> None:
+        self.held = [one for one in self.held if one in self.there]
         assert self.came == sum(self.ended.values()) + len(self.there)
         assert self.queue.count == len(self.there)
         assert self.queue.tokens == sum(one.tokens for one in self.there)
@@ -254,6 +266,34 @@ def test_whoever_does_not_fit_is_waited_for() -> None:
     assert queue.next(["line"], lambda one: one.tokens < 50, 0.0) is None
     assert take(queue) is large
     assert take(queue) is small
+
+
+def test_one_place_is_held_for_whoever_does_not_fit_and_others_go_on() -> None:
+    """Or all engines would empty for one large request; whichever he fits first is his."""
+    queue = Queue(ROOMY)
+    large = entered(queue, item("a", rank=1, tokens=100))
+    small = [entered(queue, item("b", rank=1, tokens=1)) for _ in range(3)]
+
+    def turn(place: str, room: int) -> Waiting | None:
+        return queue.next(["line"], lambda one: one.tokens <= room, 0.0, place)
+
+    assert turn("here", 50) is None
+    assert queue.holds("here")
+    assert turn("there", 50) is small[0]
+    assert turn("here", 50) is None, "somebody smaller slips past"
+    better = entered(queue, item("c", rank=0))
+    assert turn("here", 50) is better
+    assert turn("there", 100) is large
+    assert not queue.holds("here")
+    assert turn("here", 50) is small[1]
+    # Who leaves a place that is held for him leaves it to others, and is charged nothing.
+    gone = entered(queue, item("d", rank=1, tokens=100, cost=500))
+    assert turn("here", 50) is None
+    queue.leave(gone)
+    assert not queue.holds("here")
+    entered(queue, item("d", rank=1, tokens=1))
+    assert {one.tenant for _ in range(2) if (one := turn("here", 50)) is not None} == {"b", "d"}
+    assert queue.count == 0
 
 
 def drained(queue: Queue, pace: float, count: int = 10, now: float = 0.0) -> float:

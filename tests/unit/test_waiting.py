@@ -583,6 +583,30 @@ def test_one_too_large_is_waited_for_by_those_for_another_model_too() -> None:
     assert rounds == 3
 
 
+def test_one_engine_empties_for_a_large_request_and_not_all() -> None:
+    """The others are given what came after it."""
+    crowd = Crowd(endpoints=3)
+    for endpoint in crowd.pool.endpoints:
+        endpoint.limit = Limit(8.0, tokens=1000)
+        endpoint.watched = True
+    crowd.pool.index()
+    under_way = [crowd.ask(str(at), tokens=(150, 100)) for at in range(12)]
+    large = crowd.ask(tokens=(800, 100))
+    later = [crowd.ask(str(at), tokens=(150, 100)) for at in range(12)]
+    assert large.waits
+    assert all(one.waits for one in later)
+    rounds = 0
+    while crowd.attempt_of(large) is None:
+        rounds += 1
+        for endpoint in crowd.pool.endpoints:
+            one = next(one for one in (*under_way, *later) if one.relay._endpoint is endpoint)
+            crowd.begin(one)
+            crowd.finish(one)
+        assert sorted(endpoint.in_flight for endpoint in crowd.pool.endpoints)[1:] == [4, 4], "others empty for it too"
+    assert rounds == 4
+    assert crowd.admission.queue.count == 12 - 8
+
+
 def test_an_engine_that_is_set_aside_serves_those_who_have_no_other() -> None:
     """However many of a better class wait for the engine that is well."""
     crowd = two_models()
