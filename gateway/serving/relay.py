@@ -710,7 +710,7 @@ class Relay:
         if self._state == WAITING:
             retries, others = self._limits.retries, bool(self._rest)
             then = decide(cause, len(self._tried), retries, replayed=self._replayed, others=others)
-            if then in _AGAIN and not self._admission.may_retry(now):
+            if then in _AGAIN and not (self._another_left(cause) and self._admission.may_retry(now)):
                 then = Next.GIVE_UP
             if cause is Cause.CONNECT and self._group().wake is not None:
                 # Nothing speaks against it but that it is not there yet.
@@ -726,6 +726,16 @@ class Relay:
             self._attempt(now, refusal)
         else:
             self._fail(refusal, now)
+
+    def _another_left(self, cause: Cause) -> bool:
+        """Whether another engine may serve it, or one that will be started. Asked before the budget of retries is: a
+        model of one broken engine must not use up the retries of all."""
+        if self._rest:
+            return True
+        group = self._group()
+        if cause is Cause.CONNECT and group.wake is not None:
+            return True
+        return self._admission.hopeful(group, self._tried)
 
     def _judge(self, endpoint: Endpoint, cause: Cause, now: float) -> None:
         """Account a failed attempt to its endpoint. Whether it can be reached at all is for ``Endpoint.down``."""

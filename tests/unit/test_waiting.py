@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from gateway.serving.admission import USUAL, AdmissionRules, Terms
 from gateway.serving.jobs import job_of
 from gateway.serving.limiter import Hold, Settlement
 from gateway.serving.meter import Usage
-from gateway.serving.pool import EndpointSpec
+from gateway.serving.pool import Endpoint, EndpointSpec
 from gateway.serving.relay import HEARTBEAT, Order, Relay, RelayLimits
 from gateway.serving.ticket import Outcome, Ticket
 from gateway.serving.upstream import Address, Connections, Loss
@@ -133,6 +134,12 @@ class Crowd(Stage):
             attempt.head()
         attempt.data(FIRST + REST)
         self.turns()
+
+
+def serving(name: str, models: tuple[str, ...]) -> EndpointSpec:
+    """An engine that serves some models."""
+    engine, own = ENGINES["vllm"], tuple((model, OWN) for model in models)
+    return EndpointSpec(name, "http://engine", engine, Address("engine", 80), models=own)
 
 
 def test_what_an_engine_has_no_room_for_waits_and_is_sent_when_it_has() -> None:
@@ -335,6 +342,19 @@ def test_retries_have_a_budget() -> None:
     assert crowd.metrics.retries_denied == 4
 
 
+def test_a_retry_that_cannot_be_is_taken_out_of_no_budget() -> None:
+    """A model whose only engine breaks leaves the others theirs."""
+    crowd = two_models(AdmissionRules(retries=BudgetRules(share=0.0, per_second=0.2)))
+    for model in ("other",) * 20 + (MODEL,):
+        asked = crowd.ask(stream=False, model=model)
+        crowd.attempt.connect()
+        crowd.attempt.lose(Loss.CLOSED)
+        if model == "other":
+            assert asked.settled == [(Outcome.ENGINE_FAILED, 502)]
+    assert crowd.attempt_of(asked) is not None
+    assert crowd.metrics.retries_denied == 0
+
+
 def test_a_conversation_stays_where_its_beginning_is_cached() -> None:
     """Though the other engine has less to do; a salt or another model shares nothing."""
     crowd = Crowd(endpoints=2)
@@ -365,20 +385,39 @@ class AnyCrowd(RuleBasedStateMachine):
     """Requests come, are answered, break, leave and wait too long in any order, before engines that come and go."""
 
     MOST = 2
+    MODELS = (("e0", (MODEL, "other")), ("e1", (MODEL,)), ("e2", (MODEL, "other")))
 
     def __init__(self) -> None:
         super().__init__()
         rules = AdmissionRules(QueueRules(requests=6, aged=2.0), ConcurrencyRules(most=self.MOST), (9.0, 9.0, 60.0))
         self.crowd = Crowd(endpoints=3, rules=rules)
         self.all: list[Asked] = []
+        self.ever: set[Endpoint] = set()
+        self.serve(self.MODELS)
+
+    def serve(self, models: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+        self.crowd.pool.configure([serving(*one) for one in models], created=1)
+        self.crowd.fake_connections()
+        self.ever.update(self.crowd.pool.endpoints)
+        self.crowd.turns()
+
+    @rule(left=st.integers(0, 3))
+    def reload(self, left: int) -> None:
+        """Take all but one away, or none."""
+        self.serve([one for at, one in enumerate(self.MODELS) if at != left])
 
     @property
     def open(self) -> list[Asked]:
         return [one for one in self.all if not one.settled]
 
-    @rule(tenant=st.sampled_from("abc"), rank=st.integers(0, 2), stream=st.booleans())
-    def ask(self, tenant: str, rank: int, stream: bool) -> None:
-        self.all.append(self.crowd.ask(tenant, stream=stream, terms=Terms(rank)))
+    @rule(
+        tenant=st.sampled_from("abc"),
+        rank=st.integers(0, 2),
+        stream=st.booleans(),
+        model=st.sampled_from([MODEL, MODEL, "other"]),
+    )
+    def ask(self, tenant: str, rank: int, stream: bool, model: str) -> None:
+        self.all.append(self.crowd.ask(tenant, stream=stream, terms=Terms(rank), model=model))
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -415,7 +454,7 @@ class AnyCrowd(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 2), comes=st.booleans())
     def health(self, number: int, comes: bool) -> None:
-        endpoint = self.crowd.pool.endpoints[number]
+        endpoint = self.crowd.pool.endpoints[number % len(self.crowd.pool.endpoints)]
         if comes:
             endpoint.up(self.crowd.clock())
         else:
@@ -433,7 +472,7 @@ class AnyCrowd(RuleBasedStateMachine):
 
     @invariant()
     def no_engine_gets_more_than_its_limit(self) -> None:
-        for endpoint in self.crowd.pool.endpoints:
+        for endpoint in self.ever:
             mine = [one for one in self.open if one.relay._endpoint is endpoint]
             assert endpoint.in_flight == len(mine) <= self.MOST
             assert endpoint.tokens == endpoint.prefilling == 0
@@ -444,7 +483,8 @@ class AnyCrowd(RuleBasedStateMachine):
         self.crowd.turns()
         for one in self.all:
             if one.waits:
-                left = [end for end in self.crowd.pool.endpoints if end not in one.relay._tried]
+                able = self.crowd.pool.serving(one.ticket.model)
+                left = [end for end in able if end not in one.relay._tried]
                 idle = [end for end in left if end.room(0) and end.trusted(now) and end.ramp_until <= now]
                 # One that came up by itself is seen at the next look.
                 assert not idle or self.crowd.admission.deadline <= now + 0.1
@@ -454,7 +494,8 @@ class AnyCrowd(RuleBasedStateMachine):
             one.relay.client_gone()
         self.crowd.turns()
         assert all(len(one.settled) == 1 for one in self.all)
-        assert self.crowd.in_flight == self.crowd.admission.queue.count == 0
+        assert sum(end.in_flight for end in self.ever) == self.crowd.admission.queue.count == 0
+        assert all(group.kept for group in self.crowd.pool._groups.values())
         assert len(self.crowd.deadlines) == 1, "somebody keeps a deadline beside admission itself"
 
 
@@ -525,18 +566,10 @@ def test_a_stream_that_comes_in_one_read_has_a_first_token_too() -> None:
     assert len(crowd.endpoint.window.ttfts) == 1
 
 
-def two_models() -> Crowd:
-    """Two engines of which only the first serves another model too, one request at once each."""
-    crowd = Crowd(rules=ONE_AT_ONCE)
-    names = (("e0", (MODEL, "other")), ("e1", (MODEL,)))
-    vllm = ENGINES["vllm"]
-    crowd.pool.configure(
-        [
-            EndpointSpec(name, "http://engine", vllm, Address("engine", 80), models=tuple((one, OWN) for one in models))
-            for name, models in names
-        ],
-        created=1,
-    )
+def two_models(rules: AdmissionRules = ONE_AT_ONCE) -> Crowd:
+    """Two engines of which only the first serves another model too, usually one request at once each."""
+    crowd = Crowd(rules=rules)
+    crowd.pool.configure([serving("e0", (MODEL, "other")), serving("e1", (MODEL,))], created=1)
     crowd.fake_connections()
     for endpoint in crowd.pool.endpoints:
         endpoint.up(-100.0)
