@@ -334,7 +334,7 @@ class Admission:
             endpoint, _ = self._freed.popitem()
             # At most as often as somebody waits: whoever cannot be sent after all waits again, and not for ever here.
             for _ in range(self.queue.count):
-                if not endpoint.room(0):
+                if not (endpoint.available and endpoint.room(0)):
                     break
                 lines: Iterable[Group] = self._lines.get(endpoint, ())
                 if not endpoint.trusted(now):

@@ -640,6 +640,23 @@ def test_one_engine_empties_for_a_large_request_and_not_all() -> None:
     assert crowd.admission.queue.count == 12 - 8
 
 
+def test_no_engine_is_held_that_is_away() -> None:
+    """Nobody has his turn of it, and who comes later does not overtake him at another."""
+    crowd = Crowd(endpoints=2, rules=ONE_AT_ONCE)
+    first, second = crowd.ask(), crowd.ask()
+    gone = next(end for end in crowd.pool.endpoints if end.name == second.ticket.endpoint)
+    waits = crowd.ask()
+    attempt = crowd.attempt_of(second)
+    assert attempt is not None
+    attempt.lose(Loss.CONNECT)
+    crowd.advance(0.2)
+    assert not gone.healthy
+    assert waits.waits
+    assert not crowd.admission.queue.holds(gone)
+    crowd.finish(first)
+    assert crowd.attempt_of(waits) is not None
+
+
 def test_an_engine_that_is_set_aside_serves_those_who_have_no_other() -> None:
     """However many of a better class wait for the engine that is well."""
     crowd = two_models()
