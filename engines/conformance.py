@@ -315,6 +315,34 @@ async def check_several_answers(subject: Subject) -> None:
     _want(seen == {0, 1}, f"the stream had answers {seen}")
 
 
+@check(Capability.CONTINUE)
+async def check_continue(subject: Subject) -> None:
+    """An answer that has begun goes on from there, at the price of the tokens that it has begun with."""
+    async with _stream(subject, max_tokens=6, stream_options={"include_usage": True}) as chunks:
+        seen = [chunk async for chunk in chunks]
+    texts = [choice["delta"].get("content") for chunk in seen for choice in chunk["choices"]]
+    begun = [text for text in texts if text][:3]
+    _want(len(begun) == 3, f"the stream's texts are {texts}")
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": "".join(begun)}]
+    asked = _chat(subject, messages=turns, max_tokens=3, continue_final_message=True, add_generation_prompt=False)
+    value = await _ask(subject, asked)
+    rest = _text(value["choices"][0])
+    _want(rest.strip() and not rest.startswith(begun[0]), f"{''.join(begun)!r} goes on with {rest!r}")
+    more = value["usage"]["prompt_tokens"] - seen[-1]["usage"]["prompt_tokens"]
+    _want(more == 3, f"3 chunks of an answer are {more} tokens of a prompt")
+
+
+@check(Capability.TOKEN_CHUNKS)
+async def check_token_chunks(subject: Subject) -> None:
+    """A chunk of a stream with text is one token."""
+    async with _stream(subject, stream_options={"include_usage": True}) as chunks:
+        seen = [chunk async for chunk in chunks]
+    texts = [choice["delta"].get("content") for chunk in seen for choice in chunk["choices"]]
+    count, tokens = sum(bool(text) for text in texts), seen[-1]["usage"]["completion_tokens"]
+    # The token that ends an answer has no text.
+    _want(tokens - count in (0, 1), f"{tokens} tokens came in {count} chunks")
+
+
 @check(Capability.LOGPROBS)
 async def check_logprobs(subject: Subject) -> None:
     """logprobs tell each token's probability and its rivals'."""

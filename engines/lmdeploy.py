@@ -91,6 +91,8 @@ class LmDeploy:
     def prepare(self, path: str, fields: Fields, dispatch: Dispatch) -> bytes:
         """Name the model as the engine knows it, and ask for usage where the client did not."""
         fields["model"] = dispatch.target.model
+        if dispatch.begun:
+            wire.continue_answer(path, fields, dispatch.begun)
         if dispatch.ask_usage and path in _OPENAI_STREAMS:
             fields["stream_options"] = wire.with_usage(fields.get("stream_options"))
         return _encode(fields)

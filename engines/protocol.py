@@ -63,12 +63,14 @@ class Dispatch(msgspec.Struct, frozen=True, gc=False):
     """What the gateway adds to a request for one engine.
 
     ``ask_usage`` tells whether usage must be asked of a stream, ``cache_salt`` separates prefix caches of trust domains
-    (None: shared).
+    (None: shared). ``begun`` is the text with which the answer has begun elsewhere: it goes on from there; a chat's
+    only where there is ``Capability.CONTINUE``.
     """
 
     target: Target
     ask_usage: bool
     cache_salt: str | None = None
+    begun: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,10 @@ class Capability(enum.Flag):
     """It loads and unloads adapters while it runs."""
     UNIX_SOCKET = enum.auto()
     """It can listen on a Unix socket, which only this user can reach."""
+    CONTINUE = enum.auto()
+    """It goes on with the last message of a chat where it is asked to, so with an answer that another one began."""
+    TOKEN_CHUNKS = enum.auto()
+    """A chunk of its streams is one token while whoever reads them keeps up."""
 
 
 Fields = MutableMapping[str, msgspec.Raw]

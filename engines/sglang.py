@@ -113,6 +113,8 @@ class Sglang:
         | Capability.BOUNDED_QUEUE
         | Capability.ADAPTERS
         | Capability.ADAPTER_LOADING
+        | Capability.CONTINUE
+        | Capability.TOKEN_CHUNKS
     )
     loading_phases: tuple[Phase, ...] = (
         Phase(re.compile(r"server_args="), "starting the engine process"),
@@ -135,6 +137,8 @@ class Sglang:
                 fields["lora_path"] = target.adapter
             else:
                 fields["model"] = _joined(target.model, target.adapter)
+        if dispatch.begun:
+            wire.continue_answer(path, fields, dispatch.begun)
         if dispatch.ask_usage and path in _OPENAI_STREAMS:
             fields["stream_options"] = wire.with_usage(fields.get("stream_options"))
         if dispatch.cache_salt is not None and path in _SALTED:

@@ -91,6 +91,8 @@ _ANSWERS = {
     "too_many_tokens": Capability.LENGTH_CHECKED,
     "adapter": Capability.ADAPTERS,
 }
+# Not run on SGLang.
+_SEAMS = {"continue": Capability.CONTINUE, "token_chunks": Capability.TOKEN_CHUNKS}
 _PAST_THE_GATEWAY = {
     Capability.BOUNDED_QUEUE: "test_overload",
     Capability.CACHE_SALT: "test_a_salt_keeps_prefix_caches_apart",
@@ -109,7 +111,7 @@ _RECORDED = "recorded from a real one that serves a pooling model; tests replay 
 
 _VLLM = Evidence(
     run={
-        **_checks("vllm", **_ANSWERS),
+        **_checks("vllm", **_ANSWERS, **_SEAMS),
         **_each((*_CHATS, "/tokenize"), "e2e/test_real_gateway.py::test_every_relayed_path"),
         **_past_the_gateway("vllm", *_PAST_THE_GATEWAY),
         Capability.UNIX_SOCKET: "e2e/test_serve_command.py::test_ctrl_c_stops_everything_and_leaves_nothing",
@@ -191,6 +193,8 @@ _LMDEPLOY = Evidence(
         Capability.PRIORITY: "LMDeploy has no priorities",
         Capability.ADAPTER_LOADING: "LMDeploy's adapters are named at its start; another one means a restart",
         Capability.UNIX_SOCKET: "LMDeploy listens on a port only",
+        Capability.CONTINUE: "LMDeploy has no field for it; a completion goes on, its prompt being text",
+        Capability.TOKEN_CHUNKS: "not relied on: nobody has looked whether it holds while it is busy",
         "/v1/embeddings": "LMDeploy answers every request there that it is not supported",
         "/v1/rerank": "LMDeploy has no such path",
         "/v1/score": "LMDeploy has no such path",
@@ -208,7 +212,7 @@ _LMDEPLOY = Evidence(
 )
 _SIMULATED = Evidence(
     run={
-        **_checks("simulated", **_ANSWERS),
+        **_checks("simulated", **_ANSWERS, **_SEAMS),
         **_each(
             (*_CHATS, "/tokenize"),
             "engines/simulated/test_wire.py::test_answers_have_the_recorded_form",

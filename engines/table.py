@@ -213,6 +213,8 @@ TOPICS = (
             Row(Capability.LOGPROBS, "`logprobs`"),
             Row(Capability.STOP_WORDS, "any text stops it (`stop`)"),
             Row(Capability.SEVERAL_ANSWERS, "several answers (`n`)"),
+            Row(Capability.CONTINUE, "an answer that has begun goes on"),
+            Row(Capability.TOKEN_CHUNKS, "a chunk of a stream is a token"),
         ),
     ),
     Topic(

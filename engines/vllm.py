@@ -89,6 +89,8 @@ class Vllm:
         | Capability.ADAPTERS
         | Capability.ADAPTER_LOADING
         | Capability.UNIX_SOCKET
+        | Capability.CONTINUE
+        | Capability.TOKEN_CHUNKS
     )
     loading_phases: tuple[Phase, ...] = (
         Phase(re.compile(r"non-default args"), "reading the model's configuration"),
@@ -104,6 +106,8 @@ class Vllm:
     def prepare(self, path: str, fields: Fields, dispatch: Dispatch) -> bytes:
         """Name the model as the engine knows it, and ask for usage where the client did not."""
         fields["model"] = dispatch.target.model
+        if dispatch.begun:
+            wire.continue_answer(path, fields, dispatch.begun)
         if dispatch.ask_usage and path in _OPENAI_STREAMS:
             fields["stream_options"] = wire.with_usage(fields.get("stream_options"))
         if dispatch.cache_salt is not None and path in _SALTED:

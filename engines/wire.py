@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from engines.protocol import EngineError, EngineLoad, Fault, ServedModel
+from engines.protocol import EngineError, EngineLoad, Fault, Fields, ServedModel
 
-_decode = msgspec.json.decode
+_decode, _encode = msgspec.json.decode, msgspec.json.encode
 
 BUSY_WORDS = ("queue is full", "currently busy", "overloaded", "cannot accept new requests")
 SHUTDOWN_WORDS = ("after shutdown", "shutting down")
@@ -113,6 +113,21 @@ def with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
         return options
     wanted["include_usage"] = msgspec.Raw(b"true")
     return msgspec.Raw(msgspec.json.encode(wanted))
+
+
+def continue_answer(path: str, fields: Fields, begun: str) -> None:
+    """Have an answer go on from what it has ``begun`` with, which is not empty: as vLLM and SGLang want it.
+
+    The edge has seen that a chat's messages are a list that is not empty, and a prompt is one text.
+    """
+    if path == "/v1/completions":
+        # Text after text: the end of the one string, less its quote, and the beginning of the other.
+        fields["prompt"] = msgspec.Raw(bytes(fields["prompt"]).rstrip()[:-1] + _encode(begun)[1:])
+        return
+    message = _encode({"role": "assistant", "content": begun})
+    fields["messages"] = msgspec.Raw(b"%b,%b]" % (bytes(fields["messages"]).rstrip()[:-1], message))
+    fields["continue_final_message"] = msgspec.Raw(b"true")
+    fields["add_generation_prompt"] = msgspec.Raw(b"false")
 
 
 def read_models(body: bytes) -> tuple[ServedModel, ...]:
