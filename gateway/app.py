@@ -44,6 +44,7 @@ from gateway.policy.breaker import BreakerRules
 from gateway.policy.concurrency import ConcurrencyRules, Targets
 from gateway.policy.hedge import HedgeRules
 from gateway.policy.queue import QueueRules
+from gateway.policy.resume import ResumeRules
 from gateway.policy.retry import BudgetRules
 from gateway.serving.admission import Admission, AdmissionRules
 from gateway.serving.bookkeeper import Bookkeeper
@@ -488,6 +489,7 @@ def edge_rules(settings: Settings) -> EdgeRules:
             retries=settings.stream.retries,
             response=bounds.response,
             event=bounds.event,
+            resume=ResumeRules(**settings.stream.resume.model_dump()),
         ),
         models=published(settings.models),
         debug_for_all=settings.routing.debug == "everybody",

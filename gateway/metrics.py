@@ -116,6 +116,9 @@ class Metrics:
         self.client_retries = 0
         self.early_retries = 0
         self.retries_denied = 0
+        self._streams: dict[str, int] = {}
+        self._streams_resumed: dict[tuple[str, str], int] = {}
+        self._streams_ended: dict[str, int] = {}
         self._limited: dict[tuple[str, str], int] = {}
         self.limits_lost = 0
         self.shares_lost = {"untold": 0, "unread": 0, "missed": 0}
@@ -196,6 +199,19 @@ class Metrics:
         key = (endpoint, reason)
         self._upstream_errors[key] = self._upstream_errors.get(key, 0) + 1
 
+    def stream_kept(self, resumable: str) -> None:
+        """Count a stream that has ended, however: ``yes`` if it could have gone on elsewhere, or why not."""
+        self._streams[resumable] = self._streams.get(resumable, 0) + 1
+
+    def stream_resumed(self, cause: str, outcome: str) -> None:
+        """Count a stream that broke off and was sent on, by what became of that; both come from closed sets."""
+        key = (cause, outcome)
+        self._streams_resumed[key] = self._streams_resumed.get(key, 0) + 1
+
+    def stream_not_resumed(self, reason: str) -> None:
+        """Count a stream that broke off and did not go on."""
+        self._streams_ended[reason] = self._streams_ended.get(reason, 0) + 1
+
     def queue_refused(self, tier: str, why: str) -> None:
         """Count a request that may not wait, or waited in vain; both come from closed sets."""
         key = (tier, why)
@@ -240,6 +256,10 @@ class Metrics:
     def limits_standing(self, standing: str, of: tuple[str, ...]) -> None:
         """Note by whose word requests are let in, ``of`` all there are."""
         self._standing = (standing, of)
+
+    def in_flight(self) -> int:
+        """Return how many requests are under way, those that wait included."""
+        return sum(series.in_flight for series in self._models.values())
 
     def mean_duration(self) -> float:
         """Return the mean seconds a request took, of all so far; 1 before the first."""
@@ -288,6 +308,7 @@ class Metrics:
         for result, count in list(self._hedges.items()):
             hedges.add_metric([result], count)
         yield hedges
+        yield from self._collect_streams()
         yield from self._collect_limits()
         yield from self._collect_queue()
         reloads = CounterMetricFamily("forebay_config_reloads", "Configuration reloads", labels=["result"])
@@ -295,6 +316,26 @@ class Metrics:
             reloads.add_metric([result], count)
         yield reloads
         yield from self._collect_usage()
+
+    def _collect_streams(self) -> Iterator[Metric]:
+        kept = CounterMetricFamily(
+            "forebay_streams", "Streams that ended, by whether they could have gone on elsewhere", labels=["resumable"]
+        )
+        for why, count in list(self._streams.items()):
+            kept.add_metric([why], count)
+        resumed = CounterMetricFamily(
+            "forebay_streams_resumed",
+            "Times a stream broke off and was sent on, by why and what came of it",
+            labels=["cause", "outcome"],
+        )
+        for (cause, outcome), count in list(self._streams_resumed.items()):
+            resumed.add_metric([cause, outcome], count)
+        ended = CounterMetricFamily(
+            "forebay_streams_not_resumed", "Streams that broke off and ended with an error", labels=["reason"]
+        )
+        for reason, count in list(self._streams_ended.items()):
+            ended.add_metric([reason], count)
+        yield from (kept, resumed, ended)
 
     def _collect_usage(self) -> Iterator[Metric]:
         stored = CounterMetricFamily("forebay_usage_rows", "Rows of the usage ledger in the database", labels=[])

@@ -180,7 +180,10 @@ def _limits(limits: dict[str, Any]) -> str:
 def _attempt(one: dict[str, Any]) -> str:
     connected = f", connected after {one['connect_ms']:.1f} ms" if "connect_ms" in one else ""
     result = one["result"] if one["result"] in ("ok", "running") else f"ended ({one['result']})"
-    return f"{one['endpoint']}: {result} after {one['ms']:.1f} ms{connected}"
+    events = one.get("events", 0)
+    brought = f", {events} event{'s' if events > 1 else ''} until then" if events else ""
+    how = "went on with the stream, " if one.get("resumes") else ""
+    return f"{one['endpoint']}: {how}{result} after {one['ms']:.1f} ms{connected}{brought}"
 
 
 def _tokens(tokens: dict[str, Any]) -> str:

@@ -472,6 +472,21 @@ class Hedge(Section):
     """Share of all requests that may be, at most."""
 
 
+class StreamResume(Section):
+    """Streams that outlive their engine: they go on at another one, from the text that was delivered."""
+
+    enabled: bool = True
+    """Without it a stream whose engine breaks off ends with an error event."""
+    max_bytes: Size = 256 * KIB
+    """Delivered text that is kept of one stream; longer ones do not go on."""
+    total_bytes: Size = 256 * MIB
+    """Of all streams of this process together, with the bodies of their requests."""
+    attempts: Annotated[int, Field(ge=1)] = 3
+    """How often one stream goes on."""
+    share: Annotated[float, Field(ge=0)] = 0.5
+    """Of all requests under way that may go on elsewhere within ten seconds, and 32 more."""
+
+
 class Stream(Section):
     """How streamed answers are relayed."""
 
@@ -483,6 +498,7 @@ class Stream(Section):
     """Share of all requests that may be such tries, and a few a second beside it."""
     hedge: Hedge | None = None
     """When a request is sent to a second engine while the first is silent; never when left out."""
+    resume: StreamResume = StreamResume()
 
 
 class Media(Section):

@@ -308,7 +308,10 @@ def test_all_mistakes_are_reported_together_with_full_paths() -> None:
     [
         ({"port": 1}, "port: unknown key; did you mean listen.port or admin.port or engines[].port?"),
         ({"keys": [{"name": "a", "key": "k", "cap": {}}]}, "keys[0].cap: unknown key; did you mean keys[0].caps?"),
-        ({"stream": {"zzz": 1}}, "stream.zzz: unknown key; known here: heartbeat_after, retries, retry_share, hedge"),
+        (
+            {"stream": {"zzz": 1}},
+            "stream.zzz: unknown key; known here: heartbeat_after, retries, retry_share, hedge, resume",
+        ),
         (
             {"listen": {"tls": {"certifcate": "a", "private_key": "b", "certificate": "c"}}},
             "listen.tls.certifcate: unknown key; did you mean listen.tls.certificate?",

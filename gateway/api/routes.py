@@ -20,6 +20,7 @@ RELAYED: dict[str, Route] = {
             n_fields=("n",),
             streams=True,
             asks_usage=True,
+            resumed="content",
             media_fields=("messages",),
             media_in_lists=True,
         ),
@@ -32,6 +33,7 @@ RELAYED: dict[str, Route] = {
             n_fields=("n", "best_of"),
             streams=True,
             asks_usage=True,
+            resumed="text",
         ),
         Route(
             "/v1/responses",

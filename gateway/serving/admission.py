@@ -20,10 +20,12 @@ from gateway.metrics import Metrics
 from gateway.policy.concurrency import ConcurrencyRules
 from gateway.policy.hedge import HedgeRules, Hedging
 from gateway.policy.queue import Queue, QueueRules, Rejected, Waiting, Why, line_name
+from gateway.policy.resume import Moves, ResumeRules, moved
 from gateway.policy.retry import BudgetRules, fresh, requested, retried
 from gateway.policy.routing import Choice, Job, Router
 from gateway.serving.deadlines import NEVER
 from gateway.serving.pool import Endpoint, Group, Pool
+from gateway.serving.resume import Memory
 
 if TYPE_CHECKING:
     from gateway.serving.ticket import Ticket
@@ -108,6 +110,9 @@ class Admission:
         self.router: Router[Endpoint] = Router()
         self._retries = fresh(rules.retries, clock())
         self._requests = 0
+        self.kept = Memory()
+        """What is kept of streams so that they can go on elsewhere."""
+        self._moves = Moves()
         self.deadline = NEVER
         self.hedging: Hedging | None = None
         """When requests are sent to a second engine; None: never."""
@@ -215,6 +220,14 @@ class Admission:
         if after is None:
             self._metrics.retries_denied += 1
         return after is not None
+
+    def may_move(self, now: float, rules: ResumeRules) -> bool:
+        """Count that a stream goes on elsewhere, if one more may now."""
+        moves = moved(self._moves, now, self._metrics.in_flight(), rules)
+        if moves is None:
+            return False
+        self._moves = moves
+        return True
 
     # --- who waits --------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -94,5 +95,8 @@ class Route:
     """Whether it costs tokens: counting them does not."""
     media_fields: tuple[str, ...] = ()
     media_in_lists: bool = False
+    resumed: Literal["", "content", "text"] = ""
+    """Under which name a chunk of its streams has its text, where a stream that breaks off goes on at another engine;
+    empty: it ends with an error event."""
     refused_fields: tuple[tuple[str, str], ...] = ()
     """Fields whose meaning needs state in one engine, each with the reason that the client is told."""

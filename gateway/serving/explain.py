@@ -50,6 +50,10 @@ class Tried(msgspec.Struct, omit_defaults=True, gc=False):
     """What the endpoint had in flight when it was chosen."""
     connect_ms: float | None = None
     again: bool = False
+    events: int = 0
+    """That it brought before it broke off."""
+    resumes: bool = False
+    """Whether it went on with what an attempt before had begun."""
     among: tuple[Weighed, ...] = ()
     """Whoever was compared, none where there was no choice."""
     blocks: int = 0
@@ -164,7 +168,8 @@ def _detail(ticket: Ticket, outcome: str, end: float) -> Detail:
 
 
 def _time_split(ticket: Ticket, end: float) -> TimeSplit:
-    last = ticket.tried[-1] if ticket.tried else None
+    # Who goes on with a stream has no part in how long its first event took.
+    last = next((one for one in reversed(ticket.tried) if not one.resumes), None)
     connected = (last.connected or last.began) if last is not None else 0.0
     marks = (ticket.let_in_at, ticket.read_at, ticket.sent_at, connected, ticket.first_at)
     split: list[float | None] = [None] * len(marks)
@@ -200,6 +205,8 @@ def _tried(attempt: Attempt, outcome: str, end: float) -> Tried:
         attempt.load,
         to_ms(attempt.connected - attempt.began) if attempt.connected else None,
         attempt.again,
+        attempt.events,
+        attempt.resumes,
         among,
         choice.blocks if choice is not None else 0,
     )

@@ -189,16 +189,23 @@ class Hold:
             size = self._size = self._limiter.estimate(self._plan, self._facts)
         return size.prompt, size.output
 
+    def counted(self, chunks: int) -> int:
+        """Return the tokens that so many chunks of its stream probably are."""
+        return self._tokens(chunks)
+
     def settle(
-        self, usage: Usage | None, events: int, *, whole: bool, accepted: bool
+        self, usage: Usage | None, events: int, *, whole: bool, accepted: bool, counted: bool = False
     ) -> tuple[Settlement, int, Charges | None]:
         """Give back what was not used. Returns how, the cost in nano-dollars, and what each limit was charged.
 
         ``whole``: the answer came to its end, so a usage is all of it. ``accepted``: an engine may have worked on it.
+        ``counted``: a part of the usage was counted rather than told.
         """
         if self.settled is not None:
             raise RuntimeError("a hold was settled twice")
         kind, used = self._used(usage, events, whole, accepted)
+        if counted and kind is EXACT:
+            kind = COUNTED
         self.settled = kind
         if kind is COUNTED:
             self.used = Usage(used.prompt, used.output, used.cached)
@@ -257,7 +264,7 @@ class Unbilled(Hold):
     __slots__ = ()
 
     def settle(
-        self, usage: Usage | None, events: int, *, whole: bool, accepted: bool
+        self, usage: Usage | None, events: int, *, whole: bool, accepted: bool, counted: bool = False
     ) -> tuple[Settlement, int, Charges | None]:
         """Note that it is over."""
         if self.settled is not None:

@@ -2,21 +2,25 @@
 given to it. It does no I/O, reads no clock but the one handed in, and never waits.
 
 Rule 1: until the first event has reached the client, another engine may still be asked.
-Rule 2: a stream that fails after that ends with an error event, never silently.
+Rule 2: a stream that fails after that goes on at another engine where nobody can tell (``resume``); elsewhere it ends
+with an error event, never silently.
 Rule 3: whoever leaves first, the other side is told at once, and the ticket is settled exactly once.
 
     WAITING ──first event──▶ STREAMING ──end mark──▶ DONE
-       │  └──heartbeat──▶ WAITING (status sent)         ▲
-       ├──whole answer───────────────────────────────────┤
-       └──failure──▶ another attempt, or an error ───────┘
+     ▲ │  └──heartbeat──▶ WAITING (status sent)         ▲
+     │ ├──whole answer───────────────────────────────────┤
+     │ └──failure──▶ another attempt, or an error ───────┤
+     └──goes on elsewhere── STREAMING ──failure──────────┘
 
 While no engine has room it is WAITING too, in the queue, and keeps the same deadlines; ``on_turn`` begins the attempt.
+A stream on its way to another engine is WAITING once more: what it has said is kept (``_kept``), and its client gets
+heartbeats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -27,6 +31,7 @@ from gateway.headers import EXPOSE, JSON, model_line
 from gateway.metrics import Metrics
 from gateway.policy.hedge import Hedging
 from gateway.policy.queue import Rejected, Waiting, Why
+from gateway.policy.resume import Finish, Reason, Resume, ResumeRules
 from gateway.policy.retry import Cause, Next, decide
 from gateway.policy.routing import Job
 from gateway.policy.split import Arm
@@ -40,6 +45,7 @@ from gateway.serving.jobs import NOTHING_TOLD, job_of, needs_of
 from gateway.serving.meter import Meter, Usage
 from gateway.serving.pool import Endpoint, Group, Pool
 from gateway.serving.redact import redact
+from gateway.serving.resume import Kept, keep
 from gateway.serving.ticket import OK, Attempt, Outcome, Ticket
 from gateway.serving.upstream import Connection, Loss
 
@@ -97,6 +103,7 @@ class RelayLimits:
     retries: int = 2
     response: int = 64 * 1024 * 1024
     event: int = 1024 * 1024
+    resume: ResumeRules = field(default_factory=ResumeRules)
 
 
 class Order(msgspec.Struct, frozen=True, gc=False):
@@ -139,6 +146,7 @@ class Relay:
         "_failure",
         "_hedge_at",
         "_job",
+        "_kept",
         "_last",
         "_limits",
         "_meter",
@@ -206,6 +214,8 @@ class Relay:
         """The place whose turn its tenant was charged for."""
         self._failure: Refusal | None = None
         self._job: Job | None = None
+        self._kept: Kept | Reason | None = None
+        """What is kept of a stream that has begun, or why nothing is."""
         self._connection: Connection | None = None
         self._rival: Rival | None = None
         """The second attempt, while neither it nor the first has begun an answer."""
@@ -258,10 +268,11 @@ class Relay:
             self._attempt(now, failure)
             return
         job = self._measured(group)
+        moves = self._moves(group)
         choice = self._admission.choose(group, self._tried, job, now, turn=turn)
         if choice is not None:
             endpoint = choice.endpoint
-            self._ticket.tried.append(Attempt(endpoint.name, now, endpoint.in_flight, choice, False))
+            self._ticket.tried.append(Attempt(endpoint.name, now, endpoint.in_flight, choice, False, resumes=moves))
             self._tried.append(endpoint)
             self._ticket.endpoint = endpoint.name
             self._replayed = False
@@ -298,6 +309,14 @@ class Relay:
                 return True
         self._model, self._device, self._rest = before
         return False
+
+    def _moves(self, group: Group) -> bool:
+        """Tell whether it is a stream on its way to another engine, and then leave out whoever cannot take it."""
+        kept = self._kept
+        if not isinstance(kept, Kept) or kept.cause is None:
+            return False
+        self._tried += [endpoint for endpoint in kept.closed_to(group.endpoints) if endpoint not in self._tried]
+        return True
 
     def _size(self) -> tuple[int, int]:
         """Return the tokens that its prompt and its answers are estimated at."""
@@ -360,6 +379,9 @@ class Relay:
         if failure is not None or self._charged is not None:
             # What it costs its tenant was charged with its first turn.
             item.cost = 0.0
+        if self._moves(group):
+            # It has as long as a request that has just come.
+            item.deadline += now - self._ticket.started
         item.deadline = min(item.deadline, self._total_at)
         # Before it enters: whoever makes room for it may set off that it has to make room itself.
         before, self._turn = self._turn, item
@@ -381,7 +403,7 @@ class Relay:
         """Take that an endpoint has room for it."""
         turn = self._turn
         assert turn is not None
-        self._ticket.waited += now - turn.arrived
+        self._waited(now)
         if turn.cost:
             self._charged = turn
         try:
@@ -402,9 +424,9 @@ class Relay:
 
     def on_regroup(self, now: float) -> None:
         """Take that other endpoints serve its model: it is in no line any more."""
-        assert self._turn is not None
-        self._ticket.waited += now - self._turn.arrived
+        self._waited(now)
         group = self._group()
+        self._moves(group)
         if self._admission.hopeful(group, self._tried):
             self._wait(group, now, self._failure)
         elif self._rest and self._fall_back(now):
@@ -413,12 +435,18 @@ class Relay:
             self._fail(self._failure or self._no_engine(), now)
 
     def _refuse_turn(self, rejected: Rejected, now: float) -> None:
-        assert self._turn is not None
-        waited = now - self._turn.arrived
-        self._ticket.waited += waited
+        waited = self._waited(now)
         if self._failure is None and self._admission.asleep(self._group()):
             self._failure = self._no_engine()
         self._fail(self._failure or slow_down(rejected, self._order.model, waited), now)
+
+    def _waited(self, now: float) -> float:
+        """Return how long it has waited for its turn; that it did before its first event is said of the request."""
+        assert self._turn is not None
+        waited = now - self._turn.arrived
+        if not self._ticket.first_at:
+            self._ticket.waited += waited
+        return waited
 
     def _send(self, endpoint: Endpoint, now: float, *, fresh: bool) -> None:
         self._ticket.attempts += 1
@@ -437,10 +465,14 @@ class Relay:
         self._rearm()
 
     def _request(self, endpoint: Endpoint) -> bytes:
-        """Return the request as an endpoint is sent it."""
-        order = self._order
-        dispatch = Dispatch(endpoint.models[self._model], order.ask_usage, order.cache_salt)
-        body = endpoint.engine.prepare(order.route.path, dict(order.fields), dispatch)
+        """Return the request as an endpoint is sent it: that for the rest, where a beginning was delivered."""
+        order, kept = self._order, self._kept
+        if isinstance(kept, Kept):
+            fields, begun = kept.fields(), kept.begun
+        else:
+            fields, begun = dict(order.fields), ""
+        dispatch = Dispatch(endpoint.models[self._model], order.ask_usage, order.cache_salt, begun)
+        body = endpoint.engine.prepare(order.route.path, fields, dispatch)
         head = endpoint.request_head(order.route.path)
         return _PAYLOAD % (head, self._ticket.request_id.encode("ascii"), len(body), body)
 
@@ -575,6 +607,11 @@ class Relay:
             return
         before, last = meter.events, self._last
         out = meter.feed(data)
+        kept = self._kept
+        if out and isinstance(kept, Kept):
+            out = kept.take(out)
+            if not out:
+                self._last = self._clock()
         if out:
             now = self._last = self._clock()
             # The end mark is no event of its own: it must not count as a token.
@@ -602,15 +639,21 @@ class Relay:
             self._end(b"", self._clock())
 
     def _begin(self, out: bytes, now: float) -> None:
-        """Send the first events: from here on no other engine is asked, and the body need not be kept."""
+        """Send the first events: from here on another engine is asked only to go on with them, and no other model."""
         self._rest = ()
+        self._hedge_at = NEVER
         self._wrote = now
         self._state = STREAMING
         endpoint = self._endpoint
         assert endpoint is not None
         endpoint.went_well(now)
         self._began(endpoint, now)
-        self._order.fields.clear()
+        self._failure = None
+        kept = self._kept
+        if kept is None:
+            self._keep(out)
+        else:
+            self._went_on()
         if self._committed:
             self._client.send(out)
         else:
@@ -618,6 +661,29 @@ class Relay:
             self._client.start_stream(self._headers(now), out)
         # Sooner than before: an answer that began may pause for less time than one that did not.
         self._rearm()
+
+    def _went_on(self) -> None:
+        """Note that a stream which broke off has reached its client again."""
+        kept = self._kept
+        if isinstance(kept, Kept) and kept.cause is not None:
+            self._metrics.stream_resumed(kept.cause.value, "continued")
+            kept.cause = None
+            self._ticket.resumed += 1
+
+    def _keep(self, out: bytes) -> None:
+        """Keep what has begun, where it could go on elsewhere; else the body need not be kept either."""
+        order = self._order
+        if order.mirror:
+            self._kept = Reason.OFF
+            order.fields.clear()
+            return
+        kept = self._kept = keep(
+            order.route, order.fields, self._ticket.bytes_in, self._limits.resume, self._admission.kept
+        )
+        if isinstance(kept, Kept):
+            kept.take(out)
+        else:
+            order.fields.clear()
 
     def _collect(self, data: bytes) -> None:
         self._last = self._clock()
@@ -698,6 +764,7 @@ class Relay:
         assert endpoint is not None
         attempt = self._ticket.tried[-1]
         attempt.cause, attempt.ended = cause.value, now
+        attempt.events = self._meter.events if self._meter is not None else 0
         if self._connection is not None:
             self._connection.abort()
             self._connection = None
@@ -707,22 +774,26 @@ class Relay:
             self._adopt(self._rival, "won", now)
             return
         then = Next.GIVE_UP
+        began = self._kept is not None
         if self._state == WAITING:
             retries, others = self._limits.retries, bool(self._rest)
             then = decide(cause, len(self._tried), retries, replayed=self._replayed, others=others)
-            if then in _AGAIN and not (self._another_left(cause) and self._admission.may_retry(now)):
+            if then in _AGAIN and not began and not (self._another_left(cause) and self._admission.may_retry(now)):
                 then = Next.GIVE_UP
-            if cause is Cause.CONNECT and self._group().wake is not None:
+            if cause is Cause.CONNECT and not began and self._group().wake is not None:
                 # Nothing speaks against it but that it is not there yet.
                 self._tried.remove(endpoint)
         if then is Next.SAME:
             self._replayed = True
             before = self._ticket.tried[-1]
-            self._ticket.tried.append(Attempt(endpoint.name, now, before.load, before.choice, True))
+            again = Attempt(endpoint.name, now, before.load, before.choice, True, resumes=before.resumes)
+            self._ticket.tried.append(again)
             self._send(endpoint, now, fresh=True)
             return
         self._give_back()
-        if then is Next.ELSEWHERE or (then is Next.FALL_BACK and self._fall_back(now)):
+        if began:
+            self._go_on(endpoint, cause, refusal, now)
+        elif then is Next.ELSEWHERE or (then is Next.FALL_BACK and self._fall_back(now)):
             self._attempt(now, refusal)
         else:
             self._fail(refusal, now)
@@ -736,6 +807,43 @@ class Relay:
         if cause is Cause.CONNECT and group.wake is not None:
             return True
         return self._admission.hopeful(group, self._tried)
+
+    def _go_on(self, endpoint: Endpoint, cause: Cause, refusal: Refusal, now: float) -> None:
+        """Send a stream that broke off to another engine, end it where all was said but the end, or tell the client."""
+        kept = self._kept
+        assert kept is not None
+        then: Resume | Finish | Reason = kept if isinstance(kept, Reason) else self._decide(kept, endpoint, cause, now)
+        # Why the stream broke off: what its rest met with elsewhere says little to the client.
+        self._failure = self._failure or refusal
+        if isinstance(then, Resume):
+            self._state = WAITING
+            self._replayed = False
+            if self._paused:
+                # The client has not taken all of the beginning yet: `resume` sends the rest on its way.
+                self._rearm()
+            else:
+                self._attempt(now, self._failure)
+        elif isinstance(then, Finish):
+            assert isinstance(kept, Kept)
+            self._metrics.stream_resumed(cause.value, "finished")
+            self._end(kept.ending(then, usage=not self._order.hide_usage), now)
+        else:
+            self._metrics.stream_not_resumed(then.value)
+            self._fail(self._failure, now)
+
+    def _decide(self, kept: Kept, endpoint: Endpoint, cause: Cause, now: float) -> Resume | Finish | Reason:
+        if kept.cause is not None:
+            self._metrics.stream_resumed(kept.cause.value, "failed")
+            kept.cause = None
+        meter, self._meter = self._meter, None
+        hold = self._ticket.hold
+        count = hold.counted if hold is not None else int
+        then = kept.broke(cause, meter.usage if meter is not None else None, endpoint.engine.capabilities, count)
+        if isinstance(then, Resume):
+            if not self._admission.may_move(now, self._limits.resume):
+                return Reason.BUDGET
+            kept.cause = cause
+        return then
 
     def _judge(self, endpoint: Endpoint, cause: Cause, now: float) -> None:
         """Account a failed attempt to its endpoint. Whether it can be reached at all is for ``Endpoint.down``."""
@@ -769,6 +877,7 @@ class Relay:
         """End a stream that said its end mark."""
         if self._state == WAITING and self._endpoint is not None:
             self._began(self._endpoint, now)
+        self._went_on()
         headers = None if self._committed else self._headers(now)
         self._committed = True
         self._finish(OK, 200, now)
@@ -797,12 +906,29 @@ class Relay:
         if outcome is OK and self._endpoint is not None:
             self._endpoint.went_well(now)
         self._give_back()
-        if self._meter is not None and self._meter.usage is not None:
-            self._ticket.usage = self._meter.usage
+        usage = self._meter.usage if self._meter is not None else None
+        if self._kept is not None:
+            usage = self._unkeep(self._kept, usage, outcome)
+        if usage is not None:
+            self._ticket.usage = usage
         self._ticket.settle(outcome, status, now)
         if self._charged is not None:
             self._settle_turn(self._charged)
         self._on_done(self)
+
+    def _unkeep(self, kept: Kept | Reason, usage: Usage | None, outcome: Outcome) -> Usage | None:
+        """Let go of what was kept; return what the whole stream used, given what its last engine told."""
+        if isinstance(kept, Reason):
+            self._metrics.stream_kept(kept.value)
+            return usage
+        if kept.cause is not None:
+            self._metrics.stream_resumed(kept.cause.value, outcome.value)
+        self._metrics.stream_kept(kept.why.value if kept.why is not None else "yes")
+        if kept.moves:
+            self._ticket.counted = kept.counted
+            usage = kept.total(usage) if usage is not None else kept.so_far()
+        kept.drop()
+        return usage
 
     def _settle_turn(self, turn: Waiting) -> None:
         """Correct what its tenant was charged when it had its turn."""
@@ -837,11 +963,16 @@ class Relay:
 
     def resume(self) -> None:
         """The client has caught up."""
-        if self._state != DONE and self._connection is not None and self._paused:
-            self._paused = False
-            self._last = self._clock()
+        if self._state == DONE or not self._paused:
+            return
+        self._paused = False
+        now = self._last = self._clock()
+        if self._connection is not None:
             self._connection.resume()
             self._rearm()
+        else:
+            # The stream broke off meanwhile.
+            self._attempt(now, self._failure)
 
     def on_deadline(self, now: float) -> None:
         """Act on the first time-out that is due, or wait for the next."""

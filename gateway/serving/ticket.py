@@ -78,6 +78,7 @@ class LogLine(msgspec.Struct, omit_defaults=True, gc=False):
     bytes_in: int = 0
     sdk_retry: int = 0
     settlement: str = ""
+    resumed: int = 0
     error: str = ""
 
 
@@ -95,6 +96,10 @@ class Attempt(msgspec.Struct, gc=False):
     connected: float = 0.0
     ended: float = 0.0
     cause: str = ""
+    events: int = 0
+    """That it brought, where it broke off after that."""
+    resumes: bool = False
+    """Whether it goes on with what an attempt before has begun."""
 
 
 class Ticket:
@@ -111,6 +116,7 @@ class Ticket:
         "client",
         "client_request_id",
         "cost",
+        "counted",
         "debug",
         "ended",
         "endpoint",
@@ -131,6 +137,7 @@ class Ticket:
         "read_at",
         "refused_by",
         "request_id",
+        "resumed",
         "sdk_retry",
         "sent_at",
         "series",
@@ -195,6 +202,10 @@ class Ticket:
         self.bytes_in = 0
         self.sdk_retry = 0
         self.usage: Usage | None = None
+        self.counted = False
+        """Whether a part of that was counted rather than told."""
+        self.resumed = 0
+        """How often its stream went on at another engine."""
         self.hold: Hold | None = None
         """What it holds of its limits, once it has been let in."""
         self.accepted = False
@@ -255,7 +266,7 @@ class Ticket:
         hold, self.hold = self.hold, None
         if hold is not None:
             kind, self.cost, self.charges = hold.settle(
-                self.usage, self.events, whole=outcome is OK, accepted=self.accepted
+                self.usage, self.events, whole=outcome is OK, accepted=self.accepted, counted=self.counted
             )
             self.settlement = kind.value
             if hold.used is not None:
@@ -307,5 +318,6 @@ class Ticket:
             self.bytes_in,
             self.sdk_retry,
             self.settlement,
+            self.resumed,
             self.error,
         )

@@ -44,8 +44,11 @@ AFTER_IT = {
     "inside a size line": (STREAM.inside_size_line(2), 2),
     "inside an event": (STREAM.inside_frame(2), 2),
     "between events": (STREAM.after_frame(4), 5),
-    "before the end mark": (STREAM.after_frame(-2), len(EVENTS) - 1),
-    "inside the end mark": (STREAM.inside_frame(-1), len(EVENTS) - 1),
+    "before the reason for its end": (STREAM.after_frame(-3), len(EVENTS) - 2),
+}
+AT_THE_END = {
+    "before the end mark": STREAM.after_frame(-2),
+    "inside the end mark": STREAM.inside_frame(-1),
 }
 ENDINGS = [Do.CLOSE, Do.RESET]
 
@@ -90,6 +93,20 @@ async def test_after_it_the_stream_ends_with_an_error_event(
         assert await client.ended() == "close", stage
         line = await gateway.line(index=index)
         assert (line["outcome"], line["status"], line["events"]) == ("engine_failed", 200, events), stage
+        await assert_nothing_held(gateway)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_what_was_said_in_full_gets_its_end_mark(
+    gateway: Gateway, upstream: ScriptedUpstream, ending: Do
+) -> None:
+    """The reason for its end was told: nothing is missing but the mark, and its usage, which nobody knows any more."""
+    for index, (stage, place) in enumerate(AT_THE_END.items()):
+        upstream.queue(dies(STREAM, place, ending), path=CHAT)
+        answer = await gateway.ask(chat(stream=True))
+        assert (answer.status, answer.complete, answer.events()) == (200, True, EVENTS), stage
+        line = await gateway.line(index=index)
+        assert (line["outcome"], line["settlement"], line["attempts"]) == ("ok", "counted", 1), stage
         await assert_nothing_held(gateway)
 
 
