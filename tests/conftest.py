@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
+from bisect import bisect
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack
-from functools import cache
+from itertools import accumulate, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import typer.testing
 import uvloop
-from hypothesis import settings
 
 from tests.support.client import RawClient
 from tests.support.clock import ManualClock
@@ -26,12 +26,11 @@ from tests.support.upstream import ScriptedUpstream
 if TYPE_CHECKING:
     from tests.support.databases import Postgresql
 
-# An example's time says how busy the machine is.
-settings.register_profile("forebay", deadline=None)
-settings.load_profile("forebay")
+ROOMS = Path(__file__).parent
+COLLECT_AFTER = (10_000, 20, 20)
+"""Allocations between two looks of the garbage collector, by generation, as in a served gateway."""
 
-# The command is put together once, as in a process of its own: that takes longer than most of what it is asked here.
-typer.testing._get_command = cache(typer.testing._get_command)  # type: ignore[attr-defined]
+_FOLDERS = count()
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 LOOPS: dict[str, LoopFactory] = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
@@ -51,6 +50,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--server-key", default="", help="API key for --server-url; empty when it takes any")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up what is needed where tests run; a process that only hands them out starts sooner without."""
+    if config.getoption("numprocesses", None) is None or hasattr(config, "workerinput"):
+        from tests.support.examples import draw_the_same
+
+        draw_the_same()
+
+
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, LoopFactory]:
     """Run asynchronous tests on the event loop that the gateway is served with, or on the other one."""
     name = config.getoption("--loop")
@@ -58,19 +65,38 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     """Leave what is imported and collected out of every search for garbage: that took a sixth of the run."""
+    _begin_elsewhere(session.config)
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(*COLLECT_AFTER)
         gc.enable()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what takes the session's real engine away after all else, whatever names and rooms: for a while, for good."""
+def _begin_elsewhere(config: pytest.Config) -> None:
+    """Have each worker collect another part of the suite first: what one has compiled the others find, and from a fresh
+    clone each compiles a part instead of everything."""
+    worker = getattr(config, "workerinput", None)
+    if worker is None or [config.invocation_params.dir / one for one in config.args] != [ROOMS]:
+        return
+    rooms = {room: [*room.rglob("test_*.py")] if room.is_dir() else [room] for room in sorted(ROOMS.glob("[!_]*"))}
+    rooms = {room: files for room, files in rooms.items() if any(file.name.startswith("test_") for file in files)}
+    sizes = list(accumulate(sum(file.stat().st_size for file in files) for files in rooms.values()))
+    first = bisect(sizes, sizes[-1] * int(worker["workerid"].removeprefix("gw")) / worker["workercount"])
+    names = [str(room) for room in rooms]
+    config.args[:] = names[first:] + names[:first]
+
+
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
+    """Bring tests into one order, whichever room was collected first. Run what takes the session's real engine away
+    after all else, whatever names and rooms: for a while, for good."""
+    items.sort(key=lambda item: item.path)
+    yield
     marks = ("real_engine", "ends_the_session"), ("real_engine", "ends_the_engine")
     items.sort(key=lambda item: [all(item.get_closest_marker(one) for one in both) for both in marks])
 
@@ -99,6 +125,15 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgresql]
     base = tmp_path_factory.getbasetemp()
     with running(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) as server:
         yield Postgresql(server)
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of the test's own. pytest's looks through all that were made before, and links the last one."""
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    folder = tmp_path_factory.getbasetemp() / f"{name}_{next(_FOLDERS)}"
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from typer.testing import CliRunner
 
 from engines.devices import Device, Found
 from gateway import doctor
@@ -21,6 +20,7 @@ from gateway.cli import app
 from gateway.doctor import Finding, State, examine
 from gateway.state.database import describe, upgrade
 from tests.store.servers import Server
+from tests.support.command import CliRunner
 from tests.support.databases import Postgresql
 from tests.support.sockets import bind_free, free_port
 

@@ -12,6 +12,7 @@ from engines.steps import Step
 from gateway.greeting import Display, Greeting, base_url
 from gateway.settings import Settings
 from tests.support.clock import ManualClock
+from tests.support.table import each
 
 
 class Terminal(io.StringIO):
@@ -25,7 +26,7 @@ def settings(**listen: object) -> Settings:
     return Settings.model_validate({"listen": listen})
 
 
-@pytest.mark.parametrize(
+@each(
     ("listen", "url"),
     [
         ({}, "http://127.0.0.1:8000"),

@@ -17,16 +17,17 @@ import pytest
 from pydantic import SecretStr
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from gateway.app import endpoint_specs
 from gateway.cli import app
 from gateway.settings import Caps, KeySettings, Upstream, load
 from tests.support import node
 from tests.support.clock import ManualClock
+from tests.support.command import CliRunner
 from tests.support.gateway import ENGINE_MODEL, KEY, Gateway, running, serving, settings_for
 from tests.support.real_engine import ANSWER_WITHIN, RealEngine, served, vllm_engine
 from tests.support.recordings import load as load_recording
+from tests.support.table import each
 from tests.support.upstream import ScriptedUpstream, answer_as_recorded
 
 __all__ = ["served", "vllm_engine"]
@@ -84,7 +85,7 @@ FOREBAY = [words for words in commands() if Path(words[0]).name == "forebay"]
 MAKE = [words for words in commands() if words[0] == "make"]
 
 
-@pytest.mark.parametrize("words", FOREBAY, ids=shlex.join)
+@each("words", FOREBAY)
 def test_a_forebay_command_exists(words: list[str]) -> None:
     parse(whole_command(), "forebay", words[1:])
 
@@ -100,7 +101,7 @@ def test_a_command_that_does_not_exist_would_be_noticed() -> None:
             parse(whole_command(), "forebay", wrong)
 
 
-@pytest.mark.parametrize("words", MAKE, ids=shlex.join)
+@each("words", MAKE)
 def test_a_make_target_exists(words: list[str]) -> None:
     outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     dry = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, env=outer, capture_output=True, text=True, check=False)

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-from typer.testing import CliRunner, Result
 
 from gateway.cli import app
 from gateway.report import explain_in_text
@@ -26,6 +25,7 @@ from gateway.serving.upstream import Loss
 from gateway.state.usage import UsageRow, UsageStore
 from tests.api.test_admin_endpoints import ADMIN_KEY, KEYS
 from tests.support.clock import ManualClock
+from tests.support.command import CliRunner, Result
 from tests.support.gateway import CHAT, chat, give_database, running, settings_for
 from tests.support.recordings import load
 from tests.support.script import play

@@ -32,6 +32,7 @@ from gateway.settings import (
     to_environment,
 )
 from gateway.values import parse_duration, parse_size
+from tests.support.table import each
 
 EXAMPLE = Path(__file__).parents[1] / "forebay.example.yaml"
 SECRET = "fb-0123456789ab-averysecretsecret"
@@ -90,13 +91,13 @@ def test_anything_else_is_refused_and_nothing_negative_or_endless_comes_out(valu
             assert not isinstance(value, bool)
 
 
-@pytest.mark.parametrize("text", ["", "s", "-1s", "1 s", "1s2", "1e3", "inf", "nan", "5 minutes", "٣s"])
+@each("text", ["", "s", "-1s", "1 s", "1s2", "1e3", "inf", "nan", "5 minutes", "٣s"])
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError, match="should be a duration such as"):
         parse_duration(text)
 
 
-@pytest.mark.parametrize("text", ["", "MB", "-1MB", "1.5B", "1iB", "10XB", "1e3", "0x10", "9" * 400])
+@each("text", ["", "MB", "-1MB", "1.5B", "1iB", "10XB", "1e3", "0x10", "9" * 400])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="should be a size such as"):
         parse_size(text)
@@ -341,7 +342,7 @@ def test_a_key_with_two_letters_swapped_is_recognised(data: st.DataObject) -> No
     assert problem.startswith(f"{section}.{typo}: unknown key; did you mean {section}.")
 
 
-@pytest.mark.parametrize(
+@each(
     ("tree", "said"),
     [
         ({"admin": {"port": 8000}}, "admin.port: is 8000 like listen.port"),
@@ -428,7 +429,7 @@ def test_port_zero_and_a_unix_socket_never_clash() -> None:
     assert load(None, {"listen": {"port": 8001}, "admin": {"enabled": False}}).listen.port == 8001
 
 
-@pytest.mark.parametrize(
+@each(
     ("host", "loopback"),
     [
         ("127.0.0.1", True),
@@ -447,7 +448,7 @@ def test_loopback(host: str, loopback: bool) -> None:
 # --- upstreams ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("url", "kept"),
     [
         ("http://host:8000", "http://host:8000"),
@@ -461,7 +462,7 @@ def test_upstream_urls(url: str, kept: str) -> None:
     assert Upstream(url=url).url == kept
 
 
-@pytest.mark.parametrize(
+@each(
     ("url", "said"),
     [
         ("http://host:8000/v1", "write http://host:8000, the gateway adds the paths itself"),
@@ -675,7 +676,7 @@ def test_the_url_of_the_store_of_limits_comes_from_one_place(tmp_path: Path, mon
     assert (store.when_lost, store.server()) == ("closed", found)
 
 
-@pytest.mark.parametrize(
+@each(
     ("store", "said"),
     [
         ({"url": f"http://u:{SECRET}@h"}, "limits.store.url: not the URL of a Redis server (redis://, rediss://, unix"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import Dialect
 
 from gateway.state.database import StateError, exists, open_database, reading, translated, upgrade, usage_table
@@ -156,13 +156,21 @@ def dollars(nanos: int) -> str:
 _inserts: dict[tuple[str, str], tuple[str, bool]] = {}
 
 
+def _insert_into(dialect: Dialect) -> Any:
+    if dialect.name == "sqlite":
+        return sqlite.insert
+    # Loads every driver there is for it: not for those to wait for who have a file.
+    from sqlalchemy.dialects import postgresql
+
+    return postgresql.insert
+
+
 def _insert_for(dialect: Dialect) -> tuple[str, bool]:
     """Return the statement that writes a row, and whether its values go by position; made once for each driver."""
     driver = dialect.name, dialect.driver
     if driver not in _inserts:
-        kind = sqlite if dialect.name == "sqlite" else postgresql
         # A replay of what was written already changes nothing.
-        statement = kind.insert(usage_table).on_conflict_do_nothing(index_elements=["request_id"])
+        statement = _insert_into(dialect)(usage_table).on_conflict_do_nothing(index_elements=["request_id"])
         compiled = statement.compile(dialect=dialect, column_keys=[column.name for column in usage_table.columns])
         # Handed to the driver as text: SQLAlchemy's look at each value would cost more than storing it.
         _inserts[driver] = str(compiled), compiled.positional

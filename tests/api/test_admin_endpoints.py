@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from typer.testing import CliRunner
 
 from engines.minder import Address, RestartPolicy, State
 from engines.minding import Minder
@@ -24,6 +23,7 @@ from gateway.state.database import upgrade
 from gateway.state.keys import KeyStore
 from tests.conftest import Connect
 from tests.support.client import RawClient, Response
+from tests.support.command import CliRunner
 from tests.support.control import EVENTS, STATE, control_port, event, said
 from tests.support.gateway import AUTH, CHAT, JSON, KEY, MODEL, Gateway, StartGateway, chat, relayed, serving, until
 from tests.support.recordings import load

@@ -25,6 +25,7 @@ from tests.support.gateway import (
 )
 from tests.support.recordings import load
 from tests.support.script import Do, Gate, json_answer, nothing, play
+from tests.support.table import each, named
 from tests.support.upstream import ScriptedUpstream
 
 COMPLETIONS, RESPONSES, MESSAGES = "/v1/completions", "/v1/responses", "/v1/messages"
@@ -77,13 +78,11 @@ ANSWERS_ASKED_FOR: list[tuple[str, dict[str, Any], bool]] = [
 ]
 
 
-async def test_answers_in_one_request_are_capped(
-    start_gateway: StartGateway, upstream: ScriptedUpstream, subtests: pytest.Subtests
-) -> None:
+async def test_answers_in_one_request_are_capped(start_gateway: StartGateway, upstream: ScriptedUpstream) -> None:
     """Over all prompts of the request: a list of prompts is that many answers."""
     gateway = await capped(start_gateway, upstream, n=3)
     for path, fields, passes in ANSWERS_ASKED_FOR:
-        with subtests.test(path, **fields):
+        with named(path=path, **fields):
             before = len(relayed(upstream))
             answer = await gateway.ask(body_for(path, **fields), path)
             assert answer.status == (200 if passes else 400)
@@ -193,21 +192,19 @@ async def test_a_long_prompt_is_counted_by_the_engine(
     assert asked(upstream, path)[0][limit] == (16 if path == COMPLETIONS else 95)
 
 
-async def test_prompt_and_output_together_are_capped(
-    start_gateway: StartGateway, upstream: ScriptedUpstream, subtests: pytest.Subtests
-) -> None:
+async def test_prompt_and_output_together_are_capped(start_gateway: StartGateway, upstream: ScriptedUpstream) -> None:
     """To the token; the refusal is the one of a prompt too long for the model."""
     gateway = await capped(start_gateway, upstream, context=500)
     passing: list[tuple[int, int | None]] = [(400, 100), (499, None)]
     for count, output in passing:
-        with subtests.test("passes", count=count, output=output):
+        with named(passes=True, count=count, output=output):
             counts(upstream, count)
             answer = await gateway.ask(chat(messages=[{"role": "user", "content": LONG}], max_tokens=output))
             assert answer.status == 200
             assert asked(upstream, CHAT)[-1]["max_tokens"] == (output or 500 - count)
     refused: list[tuple[int, int | None]] = [(401, 100), (500, None), (9000, None), (1, 501)]
     for count, output in refused:
-        with subtests.test("is refused", count=count, output=output):
+        with named(passes=False, count=count, output=output):
             counts(upstream, count)
             answer = await gateway.ask(chat(messages=[{"role": "user", "content": LONG}], max_tokens=output))
             assert refusal(answer) == (400, "context_length_exceeded", None)
@@ -316,7 +313,7 @@ async def test_a_template_is_not_steered_through_its_arguments(gateway: Gateway,
     assert relayed(upstream) == []
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "value"),
     [("previous_response_id", "resp_1"), ("conversation", "conv_1"), ("background", True)],
 )
@@ -324,9 +321,10 @@ async def test_what_one_engine_would_have_to_remember_is_refused(
     gateway: Gateway, upstream: ScriptedUpstream, name: str, value: Any
 ) -> None:
     """Responses are kept by no engine here: the client is told to send the conversation."""
+    before = len(relayed(upstream))
     answer = await gateway.ask(body_for(RESPONSES, **{name: value}), RESPONSES)
     assert refusal(answer) == (400, "unsupported_operation", name)
-    assert relayed(upstream) == []
+    assert len(relayed(upstream)) == before
     upstream.always(play(load("vllm", "responses")), path=RESPONSES)
     assert (await gateway.ask(body_for(RESPONSES, **{name: None}), RESPONSES)).status == 200
 
@@ -369,7 +367,7 @@ async def test_trust_domains_do_not_share_a_prefix_cache(
     assert salts["a1"] and salts["b"] and salts["none"] is None
 
 
-@pytest.mark.parametrize("path", [path for path, route in RELAYED.items() if not route.streams])
+@each("path", [path for path, route in RELAYED.items() if not route.streams])
 async def test_a_path_that_does_not_stream_says_so(gateway: Gateway, upstream: ScriptedUpstream, path: str) -> None:
     answer = await gateway.ask(body_for(path, stream=True), path)
     assert refusal(answer) == (400, None, "stream")

@@ -20,6 +20,7 @@ from tests.support.http1 import encode_chunk, encode_head, last_chunk
 from tests.support.recordings import load
 from tests.support.script import Gate, event_stream, json_answer, play
 from tests.support.sockets import free_port
+from tests.support.table import named
 from tests.support.tls import LOCALHOST, client_context
 from tests.support.upstream import ScriptedUpstream
 
@@ -65,11 +66,11 @@ GARBAGE = {
 
 
 async def test_what_is_not_http_gets_a_400_and_the_end(
-    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, subtests: pytest.Subtests
+    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
     """An answer that a person with a wrong port or scheme can read, in the envelope, with an id."""
     for index, (name, garbage) in enumerate(GARBAGE.items()):
-        with subtests.test(name):
+        with named(name=name):
             client = await connect(gateway.url)
             client.send(garbage)
             answer = await client.response()
@@ -101,11 +102,11 @@ SMUGGLED = {
 
 
 async def test_a_body_of_two_meanings_is_refused(
-    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, subtests: pytest.Subtests
+    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
     """Where two readers could disagree on the end of a body, the connection ends: nothing after it is a request."""
     for name, lines in SMUGGLED.items():
-        with subtests.test(name):
+        with named(name=name):
             client = await connect(gateway.url)
             client.send(raw_post(*lines, body=b"0\r\n\r\n" + HEALTH))
             answer = await client.response()
@@ -125,12 +126,10 @@ CHUNKS = {
 }
 
 
-async def test_malformed_chunks_are_refused(
-    gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, subtests: pytest.Subtests
-) -> None:
+async def test_malformed_chunks_are_refused(gateway: Gateway, upstream: ScriptedUpstream, connect: Connect) -> None:
     """No engine sees the request, and nothing of it stays alive."""
     for name, chunks in CHUNKS.items():
-        with subtests.test(name):
+        with named(name=name):
             client = await connect(gateway.url)
             client.send(raw_post("transfer-encoding: chunked", body=chunks))
             answer = await client.response()

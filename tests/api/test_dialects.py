@@ -16,6 +16,7 @@ from gateway.api.routes import RELAYED
 from tests.support.gateway import ENGINE_MODEL, MODEL, Gateway, StartGateway, relayed, serving
 from tests.support.recordings import Recording, all_recordings, load
 from tests.support.script import play
+from tests.support.table import each, named
 from tests.support.upstream import ScriptedUpstream
 
 ANSWERED = [r for r in all_recordings("vllm") if r.status == 200 and r.method == "POST" and r.path in RELAYED]
@@ -67,13 +68,13 @@ def test_every_relayed_path_has_a_recording() -> None:
 
 
 async def test_what_was_recorded_comes_through_byte_for_byte(
-    start_gateway: StartGateway, upstream: ScriptedUpstream, subtests: pytest.Subtests
+    start_gateway: StartGateway, upstream: ScriptedUpstream
 ) -> None:
     """The engine gets the recorded request, the client the recorded answer under the name it used."""
     names = {engine: f"public/{engine}" for engine in sorted({r.request_json()["model"] for r in SERVED})}
     gateway = await start_gateway(serving(upstream, models={public: engine for engine, public in names.items()}))
     for index, recording in enumerate(SERVED):
-        with subtests.test(str(recording)):
+        with named(recording=recording):
             engine_model = recording.request_json()["model"]
             request = {**recording.request_json(), "model": names[engine_model]}
             upstream.always(play(recording), path=recording.path)
@@ -157,15 +158,14 @@ async def test_the_first_event_of_a_full_queue_is_no_answer(
     assert (await gateway.line())["outcome"] == "busy"
 
 
-@pytest.mark.parametrize("recording", [r for r in ANSWERED if r not in SERVED], ids=str)
+@each("recording", [r for r in ANSWERED if r not in SERVED])
 async def test_what_a_client_may_not_send_never_reaches_an_engine(
-    start_gateway: StartGateway, upstream: ScriptedUpstream, recording: Recording
+    gateway: Gateway, upstream: ScriptedUpstream, recording: Recording
 ) -> None:
     """vLLM answered these: a request without a model, and ones that set the scheduler's priority."""
     request = recording.request_json()
     if "model" in request:
         request["model"] = MODEL
-    gateway = await start_gateway(upstream)
     answer = await gateway.ask(request, recording.path)
     assert answer.status == 400
     assert answer.json()["error"]["param"] == ("priority" if "model" in request else "model")

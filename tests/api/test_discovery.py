@@ -15,6 +15,7 @@ from gateway.settings import ConfigError, Upstream
 from tests.support.gateway import CHAT, StartGateway, chat, relayed, serving, until
 from tests.support.recordings import load
 from tests.support.script import play
+from tests.support.table import each
 from tests.support.upstream import ScriptedUpstream
 
 ANSWER = play(load("vllm", "chat_basic"))
@@ -101,7 +102,7 @@ async def test_outside_of_a_cluster_kubernetes_cannot_be_asked(
         await start_gateway(wanted)
 
 
-@pytest.mark.parametrize(
+@each(
     ("url", "kind", "told"),
     [
         ("https://engines:8000", "dns", "for http:// URLs only"),

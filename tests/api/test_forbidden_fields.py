@@ -18,6 +18,7 @@ from tests.conftest import Connect
 from tests.support.client import RawClient, Response
 from tests.support.gateway import AUTH, CHAT, ENGINE_MODEL, KEY, MODEL, Gateway, StartGateway, relayed
 from tests.support.script import Script, json_answer
+from tests.support.table import each
 from tests.support.upstream import ScriptedUpstream
 
 WELL = Script(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
@@ -117,7 +118,7 @@ async def test_a_field_of_any_engine_is_refused_where_several_kinds_serve_one_mo
         await expect_it_would_have_arrived(gateway, upstreams, CHAT)
 
 
-@pytest.mark.parametrize("name", ["lora_path", "adapter_name", "vllm_xargs"])
+@each("name", ["lora_path", "adapter_name", "vllm_xargs"])
 async def test_an_sdk_is_told_which_field_it_was(gateway: Gateway, upstream: ScriptedUpstream, name: str) -> None:
     """What is called ``extra_body`` there are fields of the body like all others."""
     import openai
@@ -131,7 +132,7 @@ async def test_an_sdk_is_told_which_field_it_was(gateway: Gateway, upstream: Scr
     assert relayed(upstream) == []
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@each("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 async def test_another_encoding_hides_no_field(
     gateway: Gateway, upstream: ScriptedUpstream, connect: Connect, encoding: str
 ) -> None:

@@ -174,13 +174,13 @@ async def test_another_engine_may_still_be_asked_after_one(
 async def test_no_other_engine_is_asked_after_the_first_event(
     start_gateway: StartGateway, upstream: ScriptedUpstream, journal: Journal
 ) -> None:
-    """Its beginning is with the client: the rest of another engine's answer would not fit."""
+    """Its beginning is with the client, and with a seed the rest of another engine's answer would not fit."""
     async with ScriptedUpstream(journal=journal, name="other") as other:
         gateway = await start_gateway(upstream, other)
         for one in (upstream, other):
             script = event_stream(load("vllm", "chat_stream").events())
             one.always(script.do(Do.CLOSE, script.after_frame(0)), path=CHAT)
-        answer = await gateway.ask(chat(stream=True))
+        answer = await gateway.ask(chat(stream=True, seed=1))
         assert answer.events()[0] == EVENTS[0]
         assert error_of(answer.events()[1])["code"] == "engine_failed"
         assert len(relayed(upstream)) + len(relayed(other)) == 1

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from gateway.app import HOUSEKEEPING
 from tests.conftest import Connect
 from tests.support.client import request_bytes
 from tests.support.gateway import (
@@ -28,10 +27,11 @@ from tests.support.gateway import (
     serving,
     until,
 )
-from tests.support.journal import PATIENCE, Journal
+from tests.support.journal import Journal
 from tests.support.recordings import load
 from tests.support.script import DONE, Gate, event_stream, json_answer, play
 from tests.support.sockets import free_port
+from tests.support.table import named
 from tests.support.upstream import ScriptedUpstream
 
 GOOD = play(load("vllm", "chat_basic"))
@@ -249,14 +249,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-async def test_a_wrong_file_is_refused_whole(
-    start_gateway: StartGateway, file: File, subtests: pytest.Subtests
-) -> None:
+async def test_a_wrong_file_is_refused_whole(start_gateway: StartGateway, file: File) -> None:
     """Every problem is logged, and nothing of the file takes effect, not even what was right in it."""
     gateway = await start_gateway(path=file.path)
     right = dict(file.tree)
     for index, (sections, told) in enumerate(WRONG):
-        with subtests.test(told):
+        with named(told=told):
             file.tree = dict(right)
             file.write(**{"bounds": {"body": 10}, **sections})
             problems = await gateway.replica.reload()
@@ -410,8 +408,12 @@ async def test_labels_bound_and_proxies_take_effect(start_gateway: StartGateway,
     assert 'tenant="c"' not in text
 
 
-async def test_a_changed_file_is_noticed(start_gateway: StartGateway, file: File) -> None:
-    """Without a signal, within a second or so."""
+async def test_a_changed_file_is_noticed(
+    start_gateway: StartGateway, file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a signal, with the tenth turn of its housekeeping: within a second or so."""
+    assert HOUSEKEEPING <= 0.1
+    monkeypatch.setattr("gateway.app.HOUSEKEEPING", 0.005)
     gateway = await start_gateway(path=file.path)
     file.write(keys=[{"name": "bob", "key": "fb-bob"}])
     await gateway.line("reloaded")
@@ -427,27 +429,3 @@ async def test_an_unchanged_file_is_left_alone(start_gateway: StartGateway, file
     assert gateway.replica.pool.endpoints == pool
     assert gateway.lines("reloaded")[0]["changed"] == []
     assert gateway.lines("restart_needed") == []
-
-
-async def test_sighup_reloads_the_process(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    """Also when the file is the same: a secret beside it, or the log's own file, may have changed."""
-    file = File(tmp_path / "forebay.yaml", "protocol", upstream)
-    del file.tree["log"]
-    file.write()
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway.app", "--config", str(file.path), stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        assert process.stderr is not None
-        for wanted, then in ((b'"started"', signal.SIGHUP), (b'"reloaded"', signal.SIGTERM)):
-            async with asyncio.timeout(3 * PATIENCE):
-                while wanted not in (line := await process.stderr.readline()):
-                    assert line, f"it ended with code {await process.wait()}"
-            process.send_signal(then)
-        async with asyncio.timeout(PATIENCE):
-            await process.communicate()
-        assert process.returncode == 0
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()

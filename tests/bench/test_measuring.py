@@ -15,6 +15,7 @@ from loadtests.bench.bodies import chat_body
 from loadtests.bench.native import BenchError
 from loadtests.bench.processes import Server, cost_of
 from loadtests.bench.report import Figures
+from tests.support.table import each
 
 _BURN = "import time\nwhile time.process_time() < 0.2: pass\n"
 
@@ -56,8 +57,8 @@ def test_a_server_that_ends_at_once_is_explained(tmp_path: Path) -> None:
     server.stop()
 
 
-@pytest.mark.parametrize("size", [600, 2048, 32 * 1024, 1000 * 1024])
-@pytest.mark.parametrize("stream", [True, False])
+@each("size", [600, 2048, 32 * 1024, 1000 * 1024])
+@each("stream", [True, False])
 def test_bodies_have_the_size_asked_for_and_are_the_same_again(size: int, stream: bool) -> None:
     body = chat_body("m", size, stream=stream, seed=3)
     assert abs(len(body) - size) < 0.02 * size + 32
@@ -139,7 +140,7 @@ def test_the_page_is_written_between_its_markers_only(tmp_path: Path) -> None:
         report.write_page("new", page)
 
 
-@pytest.mark.parametrize("capacity", [10, 64, 70, 333, 900])
+@each("capacity", [10, 64, 70, 333, 900])
 def test_the_search_for_a_capacity_comes_within_a_fifth_of_it_in_six_probes(capacity: int) -> None:
     search, streams = operator_row.Search(), 64.0
     for _ in range(6):

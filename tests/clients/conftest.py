@@ -83,7 +83,7 @@ async def gateway_over_recordings(face: Face, folder: Path) -> AsyncIterator[Ser
     )
     async with ScriptedUpstream() as upstream:
         upstream.always(answers)
-        async with running(settings_for(face, folder, [upstream]), ManualClock()) as gateway:
+        async with running(settings_for(face, folder, [upstream]), ManualClock(), database=False) as gateway:
             yield Server(f"{gateway.url}/v1", KEY, MODEL, speaks_for_itself=True)
 
 
@@ -91,7 +91,7 @@ async def gateway_over_recordings(face: Face, folder: Path) -> AsyncIterator[Ser
 async def gateway_over_vllm(face: Face, engine: RealEngine, folder: Path) -> AsyncIterator[Server]:
     """The gateway in front of the session's real engine, under a public name that the engine does not know."""
     upstream = Upstream(url=engine.url, models={MODEL: engine.model})
-    async with running(settings_for(face, folder, [upstream]), ManualClock()) as gateway:
+    async with running(settings_for(face, folder, [upstream]), ManualClock(), database=False) as gateway:
         yield Server(f"{gateway.url}/v1", KEY, MODEL, speaks_for_itself=True)
 
 

@@ -18,7 +18,7 @@ import pytest
 from gateway.app import Replica, microseconds
 from gateway.limits import Limits
 from tests.support import node
-from tests.support.gateway import CHAT, KEY, MODEL, settings_for
+from tests.support.gateway import CHAT, KEY, MODEL, give_database, settings_for
 from tests.support.script import json_answer
 from tests.support.upstream import ScriptedUpstream
 
@@ -40,6 +40,7 @@ async def contended(upstream: ScriptedUpstream, folder: Path, rate: str, burst: 
     upstream.always(json_answer(json.dumps(ANSWER).encode()), path=CHAT)
     limits = Limits.model_validate({"defaults": {"key": {"requests": {"rate": rate, "burst": burst}}}})
     replica = Replica(settings_for("protocol", folder, [upstream], limits=limits), None, time.monotonic, microseconds)
+    give_database(folder / "forebay.db")
     await replica.start()
     try:
         yield f"http://127.0.0.1:{replica.port}/v1"

@@ -11,43 +11,44 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
-def earlier_calls(word: str) -> int:
-    path = Path(os.environ["FAKE_UV_CALLS"])
+def earlier_calls(word: str, path: Path) -> int:
     lines = path.read_text().splitlines() if path.exists() else []
     return sum(word in json.loads(line)["arguments"] for line in lines)
 
 
-def main() -> int:
-    arguments = sys.argv[1:]
+def main(arguments: Sequence[str], environment: Mapping[str, str], write: Callable[[str], None]) -> int:
+    """Do what uv would; ``write`` gets its lines as they come. Returns the exit code."""
     word = "venv" if arguments[0] == "venv" else "install"
-    index = earlier_calls(word)
-    with Path(os.environ["FAKE_UV_CALLS"]).open("a") as calls:
-        variables = {name: value for name, value in os.environ.items() if name.startswith("UV_")}
-        calls.write(json.dumps({"arguments": arguments, "environment": variables}) + "\n")
-    outcomes = json.loads(os.environ.get("FAKE_UV_PLAN", "{}")).get(word, [])
+    calls_path = Path(environment["FAKE_UV_CALLS"])
+    index = earlier_calls(word, calls_path)
+    with calls_path.open("a") as calls:
+        variables = {name: value for name, value in environment.items() if name.startswith("UV_")}
+        calls.write(json.dumps({"arguments": list(arguments), "environment": variables}) + "\n")
+    outcomes = json.loads(environment.get("FAKE_UV_PLAN", "{}")).get(word, [])
     outcome = outcomes[index] if index < len(outcomes) else ""
     if word == "venv":
         directory = Path(arguments[-1])
         (directory / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
         (directory / "bin").mkdir()
         (directory / "bin" / "python").symlink_to(sys.executable)
-    elif gate := os.environ.get("FAKE_UV_GATE"):
-        print("Resolved 2 packages in 1ms\nDownloading torch (182.0MiB)", file=sys.stderr, flush=True)
+    elif gate := environment.get("FAKE_UV_GATE"):
+        write("Resolved 2 packages in 1ms\nDownloading torch (182.0MiB)")
         Path(gate).read_bytes()
     if outcome:
-        print(outcome, file=sys.stderr)
+        write(outcome)
         return 1
-    for name, content in json.loads(os.environ.get("FAKE_UV_CONTENT", "{}")).items():
+    for name, content in json.loads(environment.get("FAKE_UV_CONTENT", "{}")).items():
         path = Path(arguments[arguments.index("--target") + 1]) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     if word == "install":
-        print("Resolved 2 packages in 1ms\nPrepared 2 packages in 1ms\nInstalled 2 packages in 1ms", file=sys.stderr)
+        write("Resolved 2 packages in 1ms\nPrepared 2 packages in 1ms\nInstalled 2 packages in 1ms")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:], os.environ, lambda text: print(text, file=sys.stderr, flush=True)))

@@ -30,6 +30,7 @@ from engines.environments import (
 )
 from engines.steps import EngineSetupError, Finished, Step
 from tests.engines.conftest import FakeUv
+from tests.support.table import each
 
 NO_TORCH = """error: No solution found when resolving dependencies
   cause: Because there is no version of torch==2.13.0+cpu and you require torch==2.13.0+cpu, we can conclude that your \
@@ -58,6 +59,7 @@ def install(fake_uv: FakeUv, data_dir: Path, recipe: Recipe = RECIPE) -> EngineE
     return ensure_environment(recipe, data_dir, uv=fake_uv.path)
 
 
+@pytest.mark.usefixtures("watched")
 def test_an_environment_is_installed_once_and_then_reused(fake_uv: FakeUv, tmp_path: Path) -> None:
     steps: list[Step] = []
     first = ensure_environment(RECIPE, tmp_path, steps.append, uv=fake_uv.path)
@@ -169,6 +171,7 @@ def test_torch_comes_from_its_own_index_only_when_no_other_has_it(fake_uv: FakeU
     assert ["--torch-backend" in call for call in fake_uv.calls()] == [False, False, True]
 
 
+@pytest.mark.usefixtures("watched")
 def test_any_other_failure_is_not_tried_again(fake_uv: FakeUv, tmp_path: Path) -> None:
     fake_uv.plan(install=[DISK_FULL])
     with pytest.raises(EngineSetupError, match="the disk is full"):
@@ -176,7 +179,7 @@ def test_any_other_failure_is_not_tried_again(fake_uv: FakeUv, tmp_path: Path) -
     assert len(fake_uv.calls()) == 2
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "said"),
     [
         (

@@ -17,6 +17,7 @@ from engines.launch import AdapterSlots, LaunchSpec, Parallel, process_environme
 from engines.lmdeploy import LmDeploy
 from engines.minder import Address
 from tests.support.real_engine import prepared
+from tests.support.table import each
 
 PYTHON = Path("/env/bin/python")
 PARSE = """
@@ -167,7 +168,7 @@ def test_what_it_can_do_is_not_in_the_way() -> None:
         assert list(LMDEPLOY.obstacles(able)) == []
 
 
-@pytest.mark.parametrize(
+@each(
     ("unable", "reason"),
     [
         (spec(Device.ASCEND, adapters=AT_START), "LMDeploy has no LoRA on ascend"),
@@ -190,7 +191,6 @@ def test_what_it_can_do_is_not_in_the_way() -> None:
         (spec(extra_args=("--max-concurrent-requests", "8")), "use max_running"),
         (spec(extra_args=("--max-concurrent=8",)), "use max_running"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_it_cannot_do_is_refused_with_the_reason(unable: LaunchSpec, reason: str) -> None:
     [told] = LMDEPLOY.obstacles(unable)

@@ -24,6 +24,7 @@ from engines import minder as minder_module
 from engines.minder import Address, Exit, Lines, Phase, RestartPolicy, cause_of, probe
 from engines.minding import PERSONS, Minder, MinderError
 from tests.support.sockets import bind_free, free_port
+from tests.support.table import each
 
 FAKE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_engine.py"))]
 GONE_WITHIN = 20.0
@@ -434,7 +435,7 @@ def test_an_end_without_a_word_is_told_as_such() -> None:
     assert str(ended) == "vllm ended by itself after 33 s (exit code 0): it wrote nothing"
 
 
-@pytest.mark.parametrize(
+@each(
     ("lines", "cause"),
     [
         (

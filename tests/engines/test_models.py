@@ -57,6 +57,7 @@ def toy(fake_uv: FakeUv, monkeypatch: pytest.MonkeyPatch) -> FakeUv:
     return fake_uv
 
 
+@pytest.mark.usefixtures("watched")
 def test_the_packaged_model_is_converted_once_and_then_reused(
     toy: FakeUv, environment: EngineEnvironment, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_model_without_a_stamp_that_fits_is_converted_again(
     assert (directory / "model.safetensors").read_text() == GGUF
 
 
+@pytest.mark.usefixtures("watched")
 def test_a_failed_conversion_leaves_the_model_that_was_there(
     toy: FakeUv, environment: EngineEnvironment, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from engines.launch import AdapterSlots, LaunchSpec, Parallel
 from engines.minder import Address
 from engines.sglang import Sglang
 from tests.support.real_engine import prepared
+from tests.support.table import each
 
 PYTHON = Path("/env/bin/python")
 PARSE = """
@@ -140,7 +141,7 @@ def test_an_engine_sees_only_the_devices_it_was_given(device: Device, variable: 
     assert variable not in SGLANG.environment(spec(device))
 
 
-@pytest.mark.parametrize(
+@each(
     ("asked", "told"),
     [
         (spec(address=Address(unix=Path("/run/e.sock"))), "listens on no Unix socket"),

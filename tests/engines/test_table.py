@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from engines import table
 from engines.conformance import CHECKS
@@ -22,7 +21,9 @@ from engines.shown import EVIDENCE, Evidence, Shown, Start, Subject
 from engines.table import BEGIN, CANNOT, END, TOPICS, Cell, Column, Row, cell, columns
 from gateway.cli import app
 from tests.engines import test_lmdeploy_launch, test_sglang_launch, test_vllm_launch
+from tests.support.command import CliRunner
 from tests.support.launches import every_spec
+from tests.support.table import each
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "engines.md"
@@ -104,7 +105,7 @@ def test_a_dash_always_has_a_reason() -> None:
             assert not any("does not declare it" in note for note in found.notes), "say why in engines/shown.py"
 
 
-@pytest.mark.parametrize(
+@each(
     ("kind", "device", "subject", "text"),
     [
         ("vllm", Device.CPU, Capability.TOOLS, "run"),
@@ -122,7 +123,7 @@ def test_how_far_it_was_shown(kind: str, device: Device, subject: Subject, text:
     assert at(kind, device, subject).text == text
 
 
-@pytest.mark.parametrize(
+@each(
     ("kind", "device", "subject", "reason"),
     [
         ("lmdeploy", Device.ASCEND, Capability.ADAPTERS, "LMDeploy has no LoRA on ascend"),
@@ -184,7 +185,7 @@ def marked_tests(file: Path) -> dict[str, set[str]]:
 CLAIMS = [(kind, subject, test) for kind, evidence in EVIDENCE.items() for subject, test in evidence.run.items()]
 
 
-@pytest.mark.parametrize(("kind", "subject", "test"), CLAIMS, ids=str)
+@each(("kind", "subject", "test"), CLAIMS)
 def test_whatever_was_run_is_run_by_a_test_of_that_engine(kind: str, subject: Subject, test: str) -> None:
     file, _, name = test.partition("::")
     name, _, case = name.removesuffix("]").partition("[")

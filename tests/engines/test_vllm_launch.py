@@ -18,6 +18,7 @@ from engines.simulated import Simulated
 from engines.vllm import Vllm
 from tests.support.launches import every_command_line, every_spec
 from tests.support.real_engine import prepared
+from tests.support.table import each
 
 PYTHON = Path("/env/bin/python")
 PARSE = """
@@ -179,7 +180,7 @@ def test_the_next_rank_that_vllm_takes_is_asked_for() -> None:
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in Vllm().environment(spec())
 
 
-@pytest.mark.parametrize(
+@each(
     ("changes", "reason"),
     [
         ({"quantization": Quantization.FP8}, "no fp8 weights on cpu"),

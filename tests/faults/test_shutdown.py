@@ -254,13 +254,18 @@ async def process(face: Face, folder: Path, upstream: ScriptedUpstream, **shutdo
 
 
 @pytest.mark.parametrize("face", ["protocol"])
-async def test_sigterm_ends_the_process_with_code_0(
+async def test_sighup_reloads_the_process_and_sigterm_ends_it_with_code_0(
     face: Face, tmp_path: Path, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
-    """With a stream in flight that comes to its end first, and its port free afterwards."""
+    """With a stream in flight that comes to its end first, and its port free afterwards. SIGHUP before that has it read
+    its file again, also when it is the same: a secret beside it, or the log's own file, may have changed."""
     gate = Gate()
     upstream.queue(STREAM.do(gate, STREAM.after_frame(1)), path=CHAT)
     async with process(face, tmp_path, upstream, announce=0, drain=FOR_EVER) as (gateway, url):
+        gateway.send_signal(signal.SIGHUP)
+        async with asyncio.timeout(PATIENCE):
+            while b'"reloaded"' not in await gateway.stderr.readline():
+                continue
         client = await connect(url)
         client.post(CHAT, chat(stream=True), AUTH)
         await gate.reached()

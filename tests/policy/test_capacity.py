@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.policy.capacity import Part, fair
+from tests.support.examples import examples
 
 wants = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(100))
 @given(most=st.integers(1, 60), wanted=wants, turn=st.integers(0, 100))
 def test_what_is_fair(most: int, wanted: list[int], turn: int) -> None:
     """Never more than there is; all of it when so much is wanted; nobody short while another has more than he."""

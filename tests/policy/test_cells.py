@@ -25,6 +25,7 @@ from gateway.policy.token_bucket import (
 )
 from gateway.store.memory import MemoryStore
 from gateway.store.protocol import Buckets, Granted, Refused
+from tests.support.examples import examples
 
 NOW = 1_790_000_000 * SECOND
 NAMES = ("a", "b", "c")
@@ -98,7 +99,7 @@ def seen(shape: Shape, bucket: Bucket) -> tuple[object, ...]:
     return bucket.level, bucket.part, bucket.promises, at
 
 
-@settings(max_examples=250)
+@settings(max_examples=examples(60))
 @given(st.data())
 def test_the_store_in_memory_is_the_pure_functions(data: st.DataObject) -> None:
     of = Buckets(NAMES, tuple(data.draw(st.tuples(shapes, shapes, shapes))))

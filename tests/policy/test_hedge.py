@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.policy.hedge import KNOWN_AFTER, MOST_SAVED, SHORTEST, STEP, HedgeRules, Hedging, Times
+from tests.support.examples import examples
 
 SECONDS = st.floats(0.0, 500.0)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(40))
 @given(took=st.lists(SECONDS, max_size=300))
 def test_what_is_usual_is_no_less_than_ninety_five_of_a_hundred_took_and_little_more(took: list[float]) -> None:
     times = Times()

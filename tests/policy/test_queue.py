@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gateway.policy.queue import LONGEST_RETRY, MOST_TOLD, TURNS, Queue, QueueRules, Rejected, Waiting, Why
+from tests.support.examples import examples
 
 ROOMY = QueueRules(requests=100_000)
 
@@ -145,7 +146,7 @@ class Waits(RuleBasedStateMachine):
 
 
 TestWaits = Waits.TestCase
-TestWaits.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestWaits.settings = settings(max_examples=examples(25), stateful_step_count=40)
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Service:
     had: dict[str, float] = field(default_factory=lambda: {"a": 0.0, "b": 0.0})
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(25))
 @given(
     weights=st.tuples(st.sampled_from([0.5, 1.0, 4.0]), st.sampled_from([1.0, 2.0])),
     costs=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=30, max_size=60),

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gateway.policy.reservation import FARTHEST, GRACE, MOST_PROMISES, Need, Short, Taken, give, take
 from gateway.policy.token_bucket import LARGEST, NEVER, SECOND, STEP, Bucket, Shape, fresh, rate_shape, refill
+from tests.support.examples import examples
 
 NOW = 1_790_000_000 * SECOND
 MINUTE = rate_shape(60, 60)
@@ -97,7 +98,7 @@ class AnySequence(RuleBasedStateMachine):
         assert -self.buckets[2].level == sum(amounts[2] for amounts in self.held) <= 4000
 
 
-AnySequence.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AnySequence.TestCase.settings = settings(max_examples=examples(25), stateful_step_count=40)
 TestAnySequence = AnySequence.TestCase
 
 

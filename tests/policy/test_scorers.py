@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gateway.policy import scorers
 from gateway.policy.scorers import ASSUMED_MOST, Slots, Weights
+from tests.support.table import each
 
 COUNTS = st.integers(0, 10**6)
 SHARES = st.floats(0, 50)
@@ -40,7 +41,7 @@ def test_a_session_is_at_home_or_not() -> None:
     assert scorers.session(False) == 0.0
 
 
-@pytest.mark.parametrize(
+@each(
     ("slots", "score"),
     [
         (Slots(("mine", "other"), (), 2), 1.0),

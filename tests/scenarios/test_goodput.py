@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import pytest
-
 from loadtests.scenarios.answers import Attempt, Outcome, Row
 from loadtests.scenarios.goodput import missed, percentile, summed
 from loadtests.scenarios.schema import Slo
+from tests.support.table import each
 
 SLOS = {"chat": Slo(ttft=2.0, itl=0.1), "code": Slo(ttft=0.5)}
 
@@ -30,7 +29,7 @@ def test_an_answer_that_is_no_stream_is_there_when_it_is_whole() -> None:
     assert missed(row(ttft=None, total=2.1, gaps=[]), SLOS["chat"]) == "first token too late"
 
 
-@pytest.mark.parametrize("outcome", [one for one in Outcome if one is not Outcome.COMPLETE])
+@each("outcome", [one for one in Outcome if one is not Outcome.COMPLETE])
 def test_whatever_is_not_complete_is_not_served_well(outcome: Outcome) -> None:
     assert missed(row(outcome=outcome), SLOS["chat"]) == outcome
 

@@ -20,6 +20,7 @@ from gateway.serving.dialect import OPENAI, Dialect
 from gateway.serving.meter import Meter, Usage
 from tests.support.recordings import Recording, all_recordings, load
 from tests.support.splits import Plan, byte_by_byte, every_cut, pieces, plans
+from tests.support.table import each
 
 PUBLIC = "public/model"
 STREAMS = [recording for recording in all_recordings(streams=True) if not recording.name.startswith("q_full_")]
@@ -80,8 +81,8 @@ def is_usage_chunk(payload: Any) -> bool:
     return isinstance(payload, dict) and payload.get("choices") == [] and payload.get("usage") is not None
 
 
-@pytest.mark.parametrize("recording", STREAMS, ids=str)
-@pytest.mark.parametrize("hide_usage", [False, True])
+@each("recording", STREAMS)
+@each("hide_usage", [False, True])
 def test_the_client_gets_every_event_under_its_own_model_name(recording: Recording, hide_usage: bool) -> None:
     """Nothing else changes, nothing is lost, and only the usage chunk nobody asked for is hidden."""
     seen = scan(meter_for(dialect_of(recording), hide_usage=hide_usage), recording.body)
@@ -94,16 +95,16 @@ def test_the_client_gets_every_event_under_its_own_model_name(recording: Recordi
     assert [line for line in seen.out.split(b"\n") if line.startswith(b"event:")] == kinds
 
 
-@pytest.mark.parametrize("recording", STREAMS, ids=str)
-@pytest.mark.parametrize("hide_usage", [False, True])
+@each("recording", STREAMS)
+@each("hide_usage", [False, True])
 def test_every_split_gives_the_same(recording: Recording, hide_usage: bool) -> None:
     whole = scan(meter_for(dialect_of(recording), hide_usage=hide_usage), recording.body)
     for plan in plans(recording.body, seed=1):
         assert scan(meter_for(dialect_of(recording), hide_usage=hide_usage), recording.body, plan) == whole, plan
 
 
-@pytest.mark.parametrize("recording", STREAMS, ids=str)
-@pytest.mark.parametrize("ending", [b"\r\n", b"\r"])
+@each("recording", STREAMS)
+@each("ending", [b"\r\n", b"\r"])
 def test_other_line_ends_give_the_same(recording: Recording, ending: bytes) -> None:
     """The standard allows CR LF and CR, also with the pair torn apart by a read."""
     whole = scan(meter_for(dialect_of(recording)), recording.body)
@@ -113,7 +114,7 @@ def test_other_line_ends_give_the_same(recording: Recording, ending: bytes) -> N
         assert scan(meter_for(dialect_of(recording)), other, plan) == whole, plan
 
 
-@pytest.mark.parametrize(
+@each(
     ("engine", "name", "usage"),
     [
         ("vllm", "chat_stream_usage", Usage(37, 8, None)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -31,7 +32,7 @@ def waiting(gateway: Gateway) -> int:
     return gateway.replica.admission.queue.count
 
 
-async def held(start: StartGateway, upstream: ScriptedUpstream, **more: object) -> tuple[Gateway, Gate]:
+async def held(start: StartGateway, upstream: ScriptedUpstream, **more: Any) -> tuple[Gateway, Gate]:
     """Start a gateway whose only engine takes one request at once and answers when the gate opens."""
     gateway = await start(serving(upstream, max_running=1), keys=KEYS, **more)
     gate = Gate()

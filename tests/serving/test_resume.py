@@ -18,6 +18,7 @@ from gateway.policy.retry import Cause
 from gateway.serving import resume
 from gateway.serving.meter import Usage
 from gateway.serving.resume import DONE, Kept, Memory, keep
+from tests.support.examples import examples
 
 CHAT, COMPLETIONS = RELAYED["/v1/chat/completions"], RELAYED["/v1/completions"]
 TOKENS = Capability.TOKEN_CHUNKS
@@ -67,7 +68,7 @@ def text_of(out: bytes) -> str:
     return found
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(40))
 @given(
     st.lists(PIECES, max_size=30),
     st.integers(1, 600),
@@ -106,7 +107,7 @@ def test_text_and_chunks_are_found_however_they_come(
     assert memory.used == 0
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(40))
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=3), max_size=12), st.data())
 def test_delivered_and_the_rest_are_the_whole(pieces: list[str], data: st.DataObject) -> None:
     """For any cut at the end of an event: no text twice, none missing, one id, one role, one sum of tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -42,7 +43,7 @@ def endpoint(gateway: Gateway) -> Endpoint:
     return gateway.replica.pool.endpoints[0]
 
 
-async def asleep(start: StartGateway, upstream: ScriptedUpstream, **more: object) -> Gateway:
+async def asleep(start: StartGateway, upstream: ScriptedUpstream, **more: Any) -> Gateway:
     """Start a gateway whose only engine is not there."""
     upstream.always(json_answer(ANSWER), path=CHAT)
     spec = serving(upstream, wakeable=True, wake_timeout=200, pool="rack")

@@ -33,6 +33,7 @@ from gateway.state.keys import KeyStore
 from gateway.state.postgresql import Connection
 from tests.support.databases import Database, Postgresql, Sqlite, connected, execute, revision_of
 from tests.support.sockets import free_port
+from tests.support.table import each
 
 SCRIPTS = ScriptDirectory(str(MIGRATIONS))
 HEAD = SCRIPTS.get_current_head()
@@ -160,7 +161,7 @@ def test_several_replicas_start_at_once_on_nothing(no_tables: Database) -> None:
         assert store.version() == 1
 
 
-@pytest.mark.parametrize(
+@each(
     ("wrong", "said"),
     [
         ("mysql://u:hunter2@h/d", "mysql is not supported; use sqlite or postgresql"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.state import ledger as ledger_module
@@ -24,6 +24,7 @@ from gateway.state.spool import FAULTY, FULL, REFUSED, TORN
 from gateway.state.usage import UsageRow, UsageStore, Wanted
 from tests.support.clock import ManualClock
 from tests.support.databases import Database, Postgresql, Sqlite, execute
+from tests.support.examples import examples
 
 WALL = 1_795_521_600.0
 on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
@@ -424,7 +425,7 @@ def test_a_replay_that_is_killed_is_replayed(house: House, monkeypatch: pytest.M
 
 @on_sqlite
 @given(st.integers(0, 400))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15))
 def test_a_torn_line_costs_itself_alone(house: House, cut: int) -> None:
     """Wherever a process was killed in the middle of a line, or a disk lost a piece."""
     execute(house.database, "DELETE FROM usage")

@@ -20,6 +20,7 @@ from gateway.state.keys import KeyStore
 from gateway.state.plan import Change, Picture, obstacles, outcome, plan
 from gateway.state.store import Kind
 from tests.support.databases import Database
+from tests.support.examples import examples
 
 NOTHING: Mapping[Kind, set[str]] = {"key": set(), "tenant": set(), "organisation": set()}
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -276,7 +277,7 @@ def test_a_file_that_cannot_be_meant_is_told(file: Path, text: str, said: str) -
     assert "hunter2" not in str(caught.value)
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(8))
 @given(first=WANTED, second=WANTED, prune=st.booleans())
 def test_a_database_takes_any_plan_or_none_of_it(empty: bytes, first: Picture, second: Picture, prune: bool) -> None:
     """One file after another; what stands in the way leaves the database as it was."""

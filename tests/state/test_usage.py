@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.state.database import StateError, usage_table
@@ -32,6 +32,8 @@ from gateway.state.usage import (
     sum_columns,
 )
 from tests.support.databases import Database, Sqlite, connected
+from tests.support.examples import examples
+from tests.support.table import each
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
@@ -235,7 +237,7 @@ def naive(written: list[UsageRow], by: tuple[str, ...], wanted: Wanted) -> dict[
     st.lists(st.sampled_from(["key", "tenant", "organisation", "model", "day", "outcome", "settlement"]), unique=True),
     wishes,
 )
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(20))
 def test_sums_are_what_adding_up_gives(
     store: UsageStore, drawn: list[dict[str, Any]], by: list[str], wanted: Wanted
 ) -> None:
@@ -280,7 +282,7 @@ def test_what_is_no_time_is_refused() -> None:
 # --- exports -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("nanos", "text"),
     [
         (0, "0.00"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.catalogue import Catalogue
@@ -30,6 +30,7 @@ from gateway.store.protocol import Claim, Grant, Place
 from gateway.store.scripts import BEAT, Script, Told, parse
 from tests.store.servers import Deaf, Server, until
 from tests.store.test_replicas import a_store
+from tests.support.examples import examples
 
 NOW = 1_790_000_000 * SECOND
 KEPT = LIFETIME = 3 * SECOND
@@ -337,7 +338,7 @@ def recorded(client: redis.Redis, space: str, live: Sequence[Person]) -> int:
     return sum(int(value.split()[0]) for name, value in found.items() if name in names)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15))
 @given(seed=st.integers(0, 2**32), count=st.integers(2, 12))
 def test_all_that_live_never_use_more_than_there_is(client: redis.Redis, seed: int, count: int) -> None:
     """Some come, some die, calls and answers are lost, requests come and end anywhere."""

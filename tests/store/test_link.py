@@ -18,6 +18,7 @@ from gateway.store.redis import Mode, RedisStore
 from tests.store.drawing import look, take
 from tests.store.servers import Deaf, Odd, Server, until
 from tests.store.test_exchange import Holder
+from tests.support.table import each
 from tests.support.tls import AUTHORITY
 
 DRAWS = (Draw("a", rate_shape(600, 60), 1000),)
@@ -80,7 +81,7 @@ async def test_a_wrong_password_is_a_standing_and_never_shown(caplog: pytest.Log
     assert "sesame" not in caplog.text
 
 
-@pytest.mark.parametrize(
+@each(
     ("url", "shown"),
     [
         ("redis://u:sesame@host:1/2", "redis://host:1"),
@@ -98,7 +99,7 @@ def test_what_is_shown_of_a_url_has_no_password(url: str, shown: str) -> None:
     assert target.password in {None, "sesame"}
 
 
-@pytest.mark.parametrize(
+@each(
     "url",
     [
         "http://u:sesame@host",
@@ -205,7 +206,7 @@ async def test_a_cluster_says_which_node_has_the_buckets() -> None:
         await store.stop()
 
 
-@pytest.mark.parametrize(
+@each(
     "answer",
     [
         b"$7\r\ngarbage\r\n",
@@ -224,7 +225,6 @@ async def test_a_cluster_says_which_node_has_the_buckets() -> None:
         b"-NOPERM not you\r\n",
         b"!\r\n",
     ],
-    ids=repr,
 )
 async def test_whatever_a_server_answers_is_a_standing(answer: bytes, unhandled: list[str]) -> None:
     """It is asked again, not too often, and nobody waits."""

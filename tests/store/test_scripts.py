@@ -15,6 +15,7 @@ from gateway.policy.reservation import GRACE, Need, Short, give, take
 from gateway.policy.token_bucket import SECOND, Bucket, Shape, fresh, rate_shape, refill
 from gateway.store import scripts
 from tests.store.servers import Server
+from tests.support.examples import examples
 
 NOW = 1_790_000_000 * SECOND
 REPLICA = "r"
@@ -174,7 +175,7 @@ def test_the_scripts_are_the_pure_functions_where_all_want_the_same(client: redi
         compare(client, of, sequence, lost=chance.random() < 0.3)
 
 
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(50), suppress_health_check=list(HealthCheck))
 @given(st.tuples(shapes, shapes, shapes), st.lists(steps, min_size=1, max_size=25), st.booleans())
 def test_the_scripts_are_the_pure_functions(
     client: redis.Redis, of: tuple[Shape, ...], sequence: list[Step], lost: bool

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer.testing
 from typer.testing import CliRunner, Result
 
 from gateway.cli import app
+
+__all__ = ["CliRunner", "Result", "done", "forebay", "home", "refused"]
+
+# The command is put together once, as in a process of its own: that takes longer than most of what it is asked here.
+typer.testing._get_command = cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)

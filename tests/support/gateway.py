@@ -186,10 +186,7 @@ def settings_for(face: Face, folder: Path, upstreams: Iterable[ScriptedUpstream 
         # An engine is looked at when the gateway starts, and again only when a request finds it gone.
         "discovery": Discovery(interval=3600),
     }
-    settings = _settings({**parts, **more})
-    if settings.auth == "keys" and settings.state.url is None:
-        give_database(settings.data_dir / "forebay.db")
-    return settings
+    return _settings({**parts, **more})
 
 
 def _settings(parts: dict[str, Any]) -> Settings:
@@ -225,19 +222,34 @@ def _empty_database() -> bytes:
 class StartGateway(Protocol):
     """Starts a gateway that ends with the test."""
 
-    async def __call__(self, *upstreams: ScriptedUpstream | Upstream, **settings: Any) -> Gateway:
-        """Start in front of these engines; ``settings`` are sections of the configuration, or ``path``: a file."""
+    async def __call__(
+        self, *upstreams: ScriptedUpstream | Upstream, database: bool = False, **settings: Any
+    ) -> Gateway:
+        """Start in front of these engines; ``settings`` are sections of the configuration, or ``path``: a file.
+
+        ``database``: it has one, with keys and a ledger, as every gateway that is served. Without the word only one
+        with a ``path``, an ``auth`` or a ``state`` of its own has: that is more than half of what a gateway costs.
+        """
         ...
 
 
 @asynccontextmanager
-async def running(settings: Settings, clock: ManualClock, path: Path | None = None) -> AsyncIterator[Gateway]:
-    """Run a gateway; at its end nothing may be left in flight."""
+async def running(
+    settings: Settings, clock: ManualClock, path: Path | None = None, *, database: bool = True
+) -> AsyncIterator[Gateway]:
+    """Run a gateway; at its end nothing may be left in flight. Without ``database`` its keys are those of the
+    configuration, and what its ledger would store in one is made and counted, and written nowhere."""
     # Both clocks are the test's: what refills does so when the test says that time passed.
     # Equal engines take turns, the first one first.
     turns = count(1)
     wall = lambda: BEGAN + int(clock() * 1_000_000)  # noqa: E731
     replica = Replica(settings, path, clock, wall, lambda below: next(turns) % below)
+    if not database:
+        replica.keyring._open_if_needed = _left_closed  # type: ignore[method-assign, assignment]
+        if replica.books is not None:
+            replica.books.ledger.store._write = _written_nowhere  # type: ignore[method-assign, assignment]
+    elif settings.auth == "keys" and settings.state.url is None:
+        give_database(settings.data_dir / "forebay.db")
     try:
         await replica.start()
         yield Gateway(replica, clock, settings.listen.face, settings.log.file)
@@ -255,6 +267,14 @@ async def running(settings: Settings, clock: ManualClock, path: Path | None = No
     # Of a store that is shared: what this gateway's own requests use.
     leases = getattr(store, "_leases", {})
     assert not any(lease.used for lease in leases.values()), "a request gave a slot never back"
+
+
+async def _left_closed(_: Settings) -> None:
+    """What a keyring without a state database does."""
+
+
+def _written_nowhere(_: list[Any]) -> None:
+    """What a table without a state database takes."""
 
 
 def settled(replica: Replica) -> int:
@@ -282,9 +302,15 @@ async def start_gateway(face: Face, tmp_path: Path, clock: ManualClock) -> Async
     """Start gateways on this face; all of them end with the test."""
     async with AsyncExitStack() as stack:
 
-        async def start(*upstreams: ScriptedUpstream | Upstream, path: Path | None = None, **settings: Any) -> Gateway:
+        async def start(
+            *upstreams: ScriptedUpstream | Upstream,
+            path: Path | None = None,
+            database: bool = False,
+            **settings: Any,
+        ) -> Gateway:
             made = load(path) if path is not None else settings_for(face, tmp_path, upstreams, **settings)
-            return await stack.enter_async_context(running(made, clock, path))
+            opened = path is not None or not settings.keys().isdisjoint(("auth", "state"))
+            return await stack.enter_async_context(running(made, clock, path, database=opened or database))
 
         yield start
 

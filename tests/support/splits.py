@@ -20,6 +20,10 @@ SHORT = 1200
 # Of what a long stream repeats in each of its events, the first and the last so many are cut: those between are alike.
 EACH = 6
 
+# Cuts in one plan lie so many bytes apart, more than nearly every event has: before the next one a reader has done with
+# what it carried over, so that each is tried as if it were alone.
+APART = 200
+
 # What the relay looks for in an event; a cut inside any of them must change nothing. Both spellings: LMDeploy writes
 # a space.
 NEEDLES = (
@@ -49,6 +53,17 @@ def byte_by_byte(data: bytes) -> Plan:
 def every_cut(data: bytes) -> Iterator[Plan]:
     """Each position once: two pieces per plan."""
     yield from ((position,) for position in range(1, len(data)))
+
+
+def cut_at(positions: Iterable[int], apart: int = APART) -> Iterator[Plan]:
+    """Each position once; as many in one plan as lie ``apart`` bytes or more from each other."""
+    left = sorted(positions)
+    while left:
+        plan, rest = left[:1], left[:0]
+        for position in left[1:]:
+            (plan if position - plan[-1] >= apart else rest).append(position)
+        yield tuple(plan)
+        left = rest
 
 
 def around_events(data: bytes, *, reach: int = 3) -> set[int]:
@@ -86,17 +101,14 @@ def random_plans(data: bytes, *, seed: int, count: int) -> Iterator[Plan]:
 
 
 def plans(data: bytes, *, seed: int = 0, count: int = 20, short: int = SHORT) -> Iterator[Plan]:
-    """Yield every plan a recording is replayed with: whole, byte by byte, single cuts, then ``count`` random ones.
+    """Yield every plan a recording is replayed with: whole, byte by byte, cut far apart, then ``count`` random ones.
 
-    Single cuts are all of them up to ``short`` bytes, the delicate ones beyond that.
+    Far apart it is cut at every position up to ``short`` bytes, at the delicate ones beyond that.
     """
     yield ()
     if len(data) > 1:
         yield byte_by_byte(data)
-    if len(data) <= short:
-        yield from every_cut(data)
-    else:
-        yield from ((position,) for position in delicate_cuts(data))
+    yield from cut_at(range(1, len(data)) if len(data) <= short else delicate_cuts(data))
     yield from random_plans(data, seed=seed, count=count)
 
 

@@ -10,6 +10,7 @@ from tests.support.http1 import BodyReader, ProtocolError, encode_chunk, header,
 from tests.support.recordings import load
 from tests.support.script import DONE, Do, Gate, Script, event_stream, json_answer, play
 from tests.support.splits import byte_by_byte, pieces
+from tests.support.table import each
 from tests.support.tls import client_context
 from tests.support.upstream import ScriptedUpstream
 
@@ -119,7 +120,7 @@ async def test_silence_fails_with_what_was_received(
         await client.head()
 
 
-@pytest.mark.parametrize(
+@each(
     ("wire", "complaint"),
     [
         (b"x\r\n", "not a chunk size: b'x'"),

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.support.recordings import ENGINES, RECORDINGS, Recording, all_recordings, load
+from tests.support.table import each
 
 
 def test_three_file_form_is_read_exactly() -> None:
@@ -50,7 +51,7 @@ def test_get_requests_have_no_body() -> None:
     assert load("vllm", "get_models").request_body == b""
 
 
-@pytest.mark.parametrize("recording", all_recordings(), ids=str)
+@each("recording", all_recordings())
 def test_pieces_and_events_lose_no_byte(recording: Recording) -> None:
     assert b"".join(recording.pieces()) == recording.body
     assert b"".join(recording.events()) == recording.body

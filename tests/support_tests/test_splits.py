@@ -10,6 +10,7 @@ from tests.support.recordings import Recording, all_recordings
 from tests.support.splits import (
     around_events,
     byte_by_byte,
+    cut_at,
     delicate_cuts,
     every_cut,
     inside_characters,
@@ -18,11 +19,12 @@ from tests.support.splits import (
     plans,
     random_plans,
 )
+from tests.support.table import each
 
 EVENT = 'data: {"model":"m","content":"é€😀","usage":null}\n\ndata: [DONE]\n\n'.encode()
 
 
-@pytest.mark.parametrize("recording", all_recordings(streams=True), ids=str)
+@each("recording", all_recordings(streams=True))
 def test_no_plan_loses_a_byte(recording: Recording) -> None:
     for plan in islice(plans(recording.body), 300):
         assert b"".join(pieces(recording.body, plan)) == recording.body
@@ -60,10 +62,22 @@ def test_cuts_inside_characters_break_the_decoding() -> None:
             EVENT[:cut].decode()
 
 
+def test_cuts_far_apart_are_each_position_once() -> None:
+    assert list(cut_at([1, 2, 3, 7, 8, 12], 5)) == [(1, 7, 12), (2, 8), (3,)]
+    assert list(cut_at([])) == []
+
+
 def test_long_bodies_are_cut_only_where_it_can_hurt() -> None:
-    single = [plan[0] for plan in plans(EVENT * 100, count=0) if len(plan) == 1]
-    assert single == delicate_cuts(EVENT * 100)
-    assert len(single) < len(EVENT * 100)
+    whole, single, *far_apart = plans(EVENT * 100, count=0)
+    assert (whole, single) == ((), byte_by_byte(EVENT * 100))
+    cuts = sorted(position for plan in far_apart for position in plan)
+    assert cuts == delicate_cuts(EVENT * 100)
+    assert len(cuts) < len(EVENT * 100)
+
+
+def test_short_bodies_are_cut_everywhere() -> None:
+    _, _, *far_apart = plans(EVENT, count=0)
+    assert sorted(position for plan in far_apart for position in plan) == list(range(1, len(EVENT)))
 
 
 def test_random_plans_repeat_for_the_same_seed_and_differ_for_another() -> None:

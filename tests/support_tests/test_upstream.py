@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import Connect
 from tests.support.client import ConnectionEndedError, RawClient, request_bytes
 from tests.support.journal import Journal
-from tests.support.recordings import Recording, all_recordings, load
+from tests.support.recordings import all_recordings, load
 from tests.support.script import (
     DONE,
     Answer,
@@ -26,6 +26,7 @@ from tests.support.script import (
 )
 from tests.support.sockets import black_hole, unread_by_peer
 from tests.support.splits import byte_by_byte
+from tests.support.table import named
 from tests.support.tls import client_context
 from tests.support.upstream import ScriptedUpstream, answer_as_recorded
 
@@ -38,21 +39,21 @@ async def open_client(connect: Connect, upstream: ScriptedUpstream) -> RawClient
     return await connect(upstream.url, tls=client_context() if upstream.url.startswith("https") else None)
 
 
-@pytest.mark.parametrize("recording", all_recordings(), ids=str)
-async def test_every_recording_is_played_exactly(
-    upstream: ScriptedUpstream, connect: Connect, recording: Recording
-) -> None:
+async def test_every_recording_is_played_exactly(upstream: ScriptedUpstream, connect: Connect) -> None:
     """Status, body and content type arrive as recorded, whatever its framing."""
-    upstream.always(play(recording))
-    client = await connect(upstream.url)
-    client.request(recording.method, recording.path, recording.request_headers, recording.request_body or None)
-    response = await client.response()
-    assert (response.status, response.body, response.complete) == (recording.status, recording.body, True)
-    assert response.header("content-type") == recording.header("content-type")
-    if recording.header("transfer-encoding"):
-        assert response.chunks == recording.pieces()
-    assert upstream.requests[0].body == recording.request_body
-    assert upstream.requests[0].target == recording.path
+    for number, recording in enumerate(all_recordings()):
+        upstream.always(play(recording))
+        with named(recording=recording):
+            async with await connect(upstream.url) as client:
+                body = recording.request_body or None
+                client.request(recording.method, recording.path, recording.request_headers, body)
+                response = await client.response()
+            assert (response.status, response.body, response.complete) == (recording.status, recording.body, True)
+            assert response.header("content-type") == recording.header("content-type")
+            if recording.header("transfer-encoding"):
+                assert response.chunks == recording.pieces()
+            assert upstream.requests[number].body == recording.request_body
+            assert upstream.requests[number].target == recording.path
 
 
 async def test_all_kinds_of_address_serve_and_keep_the_connection(

@@ -14,6 +14,7 @@ from engines.vllm import Vllm
 from gateway.serving.answer import Answer, AnswerError, _renamed_in_place, read_answer
 from gateway.serving.meter import Usage
 from tests.support.recordings import Recording, all_recordings, load
+from tests.support.table import each
 
 PUBLIC = "public/model"
 ENGINE = Vllm()
@@ -31,7 +32,7 @@ def answered(body: bytes, public: str = PUBLIC) -> Answer:
     return answer
 
 
-@pytest.mark.parametrize("recording", ANSWERS, ids=str)
+@each("recording", ANSWERS)
 def test_a_recorded_answer_changes_in_its_model_alone(recording: Recording) -> None:
     """And is the same bytes where it names no model or the client's own."""
     before = recording.json()
@@ -43,7 +44,7 @@ def test_a_recorded_answer_changes_in_its_model_alone(recording: Recording) -> N
         assert answered(recording.body).body is recording.body
 
 
-@pytest.mark.parametrize(
+@each(
     ("engine", "name", "usage"),
     [
         ("vllm", "chat_basic", Usage(37, 8, None)),
@@ -179,7 +180,7 @@ NO_ANSWERS = [b"", b"  ", b"Success", b"[1]", b'"text"', b"null", b"7", b'{"mode
               b'{"model":"\xff"}', b"[" * 100_000, b'{"a":' * 100_000, b"<html></html>", b'{"a":NaN}']  # fmt: skip
 
 
-@pytest.mark.parametrize("body", NO_ANSWERS, ids=[repr(body[:12]) for body in NO_ANSWERS])
+@each("body", NO_ANSWERS)
 def test_what_is_no_json_object_is_no_answer(body: bytes) -> None:
     answer = read_answer(body, ENGINE, PUBLIC)
     assert isinstance(answer, AnswerError)

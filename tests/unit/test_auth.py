@@ -7,13 +7,13 @@ import ipaddress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.api.auth import ANONYMOUS, MAX_KEY, Authenticator, Networks, client_address, may_use
 from gateway.errors import Kind, Refusal
 from gateway.state.keys import KeyRecord, new_key, new_public_id
+from tests.support.table import each
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 ALICE = replace(ANONYMOUS, name="alice", public_id="0123", tenant="team")
@@ -40,7 +40,7 @@ FOUND = [
 ]
 
 
-@pytest.mark.parametrize("headers", FOUND, ids=str)
+@each("headers", FOUND)
 def test_a_key_is_found_in_either_header(headers: dict[bytes, bytes]) -> None:
     assert Authenticator(table((b"fb-alice", ALICE))).identify(headers) is ALICE
 
@@ -54,7 +54,7 @@ MISSING = [{}, {b"authorization": b"Bearer"}, {b"authorization": b"Bearer "}, {b
            {b"authorization": b"fb-alice"}, {b"x-api-key": b"  "}]  # fmt: skip
 
 
-@pytest.mark.parametrize("headers", MISSING, ids=str)
+@each("headers", MISSING)
 def test_no_key_is_told_how_to_send_one(headers: dict[bytes, bytes]) -> None:
     message = refused(Authenticator(table((b"fb-alice", ALICE))).identify(headers))
     assert "Authorization: Bearer" in message
@@ -72,7 +72,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("key", WRONG, ids=[repr(key[:12]) for key in WRONG])
+@each("key", WRONG)
 def test_a_wrong_key_is_refused_and_not_repeated(key: bytes) -> None:
     message = refused(Authenticator(table((b"fb-alice", ALICE))).identify({b"authorization": b"Bearer " + key}))
     assert "Incorrect" in message
@@ -145,7 +145,7 @@ RIGHTS = [
 ]
 
 
-@pytest.mark.parametrize(("models", "model", "may"), RIGHTS)
+@each(("models", "model", "may"), RIGHTS)
 def test_the_models_of_a_key_are_names_or_beginnings(models: tuple[str, ...] | None, model: str, may: bool) -> None:
     assert may_use(replace(ALICE, models=models), model) is may
 
@@ -200,7 +200,7 @@ FORWARDED: list[tuple[str, list[bytes], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("peer", "forwarded", "address"), FORWARDED)
+@each(("peer", "forwarded", "address"), FORWARDED)
 def test_the_clients_address(peer: str, forwarded: list[bytes], address: str) -> None:
     assert client_address(peer, forwarded, PROXIES) == address
 

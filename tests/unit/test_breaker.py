@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from itertools import product
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.policy.breaker import NEW, Breaker, BreakerRules, Event, State, step
+from tests.support.table import each
 
 RULES = BreakerRules(failures=2, first=1.0, longest=5.0, forgive=60.0)
 OPEN = Breaker(State.OPEN, 0, 1, until=11.0)
 TRIAL = Breaker(State.TRIAL, 0, 1, until=16.0)
 
 
-@pytest.mark.parametrize(
+@each(
     ("before", "event", "now", "after"),
     [
         (NEW, Event.OK, 10.0, NEW),
@@ -43,7 +43,7 @@ def test_every_state_knows_every_event() -> None:
         assert isinstance(step(Breaker(state), event, 1.0, RULES), Breaker)
 
 
-@pytest.mark.parametrize(
+@each(
     ("breaker", "now", "admitted"),
     [(NEW, 0.0, True), (Breaker(failures=1, until=70.0), 1.0, True), (OPEN, 10.9, False), (OPEN, 11.0, True)]
     + [(TRIAL, 15.9, False), (TRIAL, 16.0, True)],

@@ -22,6 +22,7 @@ from gateway.serving.pending import Pending
 from gateway.serving.tokens import TEMPLATE_TOKENS, Uncounted, count_tokens
 from gateway.serving.upstream import Loss
 from gateway.settings import Caps
+from tests.support.table import each
 from tests.unit.ports import CHAT, MODEL, OWN, FakeConnection, Stage
 
 COMPLETIONS, RESPONSES, MESSAGES = "/v1/completions", "/v1/responses", "/v1/messages"
@@ -229,7 +230,7 @@ DIALECTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "fields", "sent"), DIALECTS)
+@each(("path", "fields", "sent"), DIALECTS)
 async def test_every_dialect_is_counted_as_its_engine_reads_it(
     path: str, fields: dict[str, Any], sent: dict[str, Any]
 ) -> None:
@@ -264,7 +265,7 @@ async def test_short_prompts_among_many_are_not_counted() -> None:
     assert len(stage.attempts) == 1
 
 
-@pytest.mark.parametrize(
+@each(
     ("prompt", "longest"),
     [([1, 2, 3], 3), ([[1], [1, 2]], 2), ([[1.0, 2.0]], 2), ([{"a": 1}], 1), ([], 0), ([[]], 0)],
 )
@@ -277,7 +278,7 @@ NEVER = [("/v1/rerank", {"query": "q", "documents": ["d"]}), ("/v1/score", {"tex
          (CHAT, {}), (RESPONSES, {}), (MESSAGES, {"messages": 5}), (COMPLETIONS, {"prompt": None})]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "fields"), NEVER)
+@each(("path", "fields"), NEVER)
 async def test_what_no_tokenizer_takes(path: str, fields: dict[str, Any]) -> None:
     assert await count(Stage(), path, [], **fields) is Uncounted.NEVER
 
@@ -297,7 +298,7 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize(("status", "body", "found"), ANSWERS)
+@each(("status", "body", "found"), ANSWERS)
 async def test_other_answers_than_a_count(status: int, body: bytes, found: Uncounted) -> None:
     assert await count(Stage(), CHAT, [(status, body)], messages=HI) is found
 

@@ -28,6 +28,7 @@ from gateway.serving.pending import Pending
 from gateway.serving.relay import Client
 from gateway.settings import Caps
 from gateway.store.memory import MemoryStore
+from tests.support.table import each
 from tests.unit.ports import CHAT, MODEL, SSE, FakeClient, Stage
 
 KEY = b"fb-alice"
@@ -356,7 +357,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("header", "status", "told"), REFUSED, ids=[repr(header) for header, _, _ in REFUSED])
+@each(("header", "status", "told"), REFUSED)
 async def test_headers_that_are_refused(house: House, header: tuple[bytes, bytes], status: int, told: str) -> None:
     found, message = refused(house, header)
     assert found == status
@@ -373,7 +374,7 @@ ACCEPTED = [
 ]
 
 
-@pytest.mark.parametrize("header", ACCEPTED, ids=repr)
+@each("header", ACCEPTED)
 async def test_headers_that_are_accepted(house: House, header: tuple[bytes, bytes]) -> None:
     request = house.open(headers=[*HEADERS, header])
     house.edge.client_gone(request)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import Kind, Refusal, anthropic_body, openai_body
 from gateway.headers import to_pairs
 from gateway.serving.dialect import ANTHROPIC, OPENAI, RESPONSES, Dialect
+from tests.support.table import each
 
 INVALID = "invalid_request_error"
 CONTRACT: list[tuple[Kind, int, str, str | None]] = [
@@ -64,8 +64,8 @@ ANTHROPIC_TYPES = {
 }
 
 
-@pytest.mark.parametrize(("kind", "status", "type_", "code"), CONTRACT)
-@pytest.mark.parametrize("dialect", [OPENAI, RESPONSES], ids=["openai", "responses"])
+@each(("kind", "status", "type_", "code"), CONTRACT)
+@each("dialect", [OPENAI, RESPONSES])
 def test_openais_envelope(dialect: Dialect, kind: Kind, status: int, type_: str, code: str | None) -> None:
     refusal = Refusal(kind, "It did not work. Do this.", param="n")
     assert dialect.status(refusal) == status
@@ -74,7 +74,7 @@ def test_openais_envelope(dialect: Dialect, kind: Kind, status: int, type_: str,
     }
 
 
-@pytest.mark.parametrize(("kind", "status", "type_", "code"), CONTRACT)
+@each(("kind", "status", "type_", "code"), CONTRACT)
 def test_anthropics_envelope(kind: Kind, status: int, type_: str, code: str | None) -> None:
     """Its own type for each situation, and 529 where OpenAI has 503."""
     refusal = Refusal(kind, "It did not work. Do this.")
@@ -121,7 +121,7 @@ def test_a_code_of_its_own_goes_before_the_kinds() -> None:
     assert json.loads(openai_body(refusal, "r"))["error"]["code"] == "context_length_exceeded"
 
 
-@pytest.mark.parametrize(
+@each(
     ("seconds", "whole", "milliseconds"),
     [(1.0, b"1", b"1000"), (2.64, b"3", b"2640"), (0.0001, b"1", b"1"), (59.0001, b"60", b"59001"), (0.0, b"0", b"0")],
 )

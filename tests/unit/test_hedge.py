@@ -14,6 +14,7 @@ from gateway.serving.admission import AdmissionRules
 from gateway.serving.relay import RelayLimits
 from gateway.serving.ticket import Outcome
 from gateway.serving.upstream import Loss
+from tests.support.examples import examples
 from tests.unit.ports import FakeConnection, Stage
 
 CHUNK = b'data: {"model":"own-name","choices":[{"delta":{"content":"x"}}]}\n\n'
@@ -227,7 +228,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(60))
 @given(actions=ACTIONS, stream=st.booleans(), leaves=st.booleans())
 def test_whatever_comes_the_client_has_one_answer_and_everything_is_given_back(
     actions: list[tuple[int, str]], stream: bool, leaves: bool

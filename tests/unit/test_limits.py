@@ -31,6 +31,7 @@ from gateway.policy.limits import Counts, Rates, Size, amounts
 from gateway.policy.token_bucket import SECOND
 from gateway.serving.limiter import Hold, Limiter, Settlement, read_facts
 from gateway.store.memory import MemoryStore
+from tests.support.table import each
 
 NOW = int(datetime(2026, 11, 24, 15, 30, tzinfo=UTC).timestamp()) * SECOND
 
@@ -44,7 +45,7 @@ def found(tree: Limits, **asker: Any) -> dict[str, str]:
     return {limit.bucket: limit.source for limit in applying(who, declared(tree), NOW)}
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "rate"),
     [
         ("10/s", (10, 1)),
@@ -58,13 +59,13 @@ def test_rates_as_people_write_them(text: str, rate: tuple[int, int]) -> None:
     assert parse_rate(text) == rate
 
 
-@pytest.mark.parametrize("text", ["60", "0/m", "-1/m", "1.5/m", "60/month", "60/", "/m", "9999999999G/s", "1/m\n/s"])
+@each("text", ["60", "0/m", "-1/m", "1.5/m", "60/month", "60/", "/m", "9999999999G/s", "1/m\n/s"])
 def test_what_is_no_rate_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValidationError, match="should be"):
         LimitSet.model_validate({"requests": text})
 
 
-@pytest.mark.parametrize(
+@each(
     ("budget", "said"),
     [
         ({"per": "day"}, "exactly one of tokens and usd"),
@@ -153,7 +154,7 @@ def test_what_each_kind_of_token_costs() -> None:
     assert by_kind[Counts.IN_FLIGHT] == 150_000
 
 
-@pytest.mark.parametrize(
+@each(
     ("period", "begins", "ends"),
     [
         ("day", (2026, 11, 24), (2026, 11, 25)),
@@ -161,7 +162,7 @@ def test_what_each_kind_of_token_costs() -> None:
         ("month", (2026, 11, 1), (2026, 12, 1)),
     ],
 )
-@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "Pacific/Auckland"])
+@each("zone", ["UTC", "Europe/Berlin", "Pacific/Auckland"])
 def test_the_calendar_s_periods(period: str, begins: tuple[int, ...], ends: tuple[int, ...], zone: str) -> None:
     # Half past three in the afternoon there.
     now = datetime(2026, 11, 24, 15, 30, tzinfo=ZoneInfo(zone)).timestamp()

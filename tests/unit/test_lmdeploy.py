@@ -13,6 +13,7 @@ from engines.protocol import Capability, Dispatch, EngineLoad, Fault, ServedMode
 from gateway.api.peek import FORBIDDEN
 from gateway.api.routes import RELAYED
 from tests.support.recordings import Recording, all_recordings, load
+from tests.support.table import each
 
 LMDEPLOY = LmDeploy()
 FAILED = [recording for recording in all_recordings("lmdeploy", streams=False) if recording.status >= 400]
@@ -55,7 +56,7 @@ def test_what_would_reach_past_the_gateway_is_refused_from_clients() -> None:
 # --- what it answers ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "fault", "param", "code"),
     [
         ("err_404", Fault.UNSUPPORTED, None, None),
@@ -79,7 +80,7 @@ def test_a_recorded_error(name: str, fault: Fault, param: str | None, code: str 
     assert (error.fault, error.param, error.code) == (fault, param, code)
 
 
-@pytest.mark.parametrize("recording", FAILED, ids=str)
+@each("recording", FAILED)
 def test_a_recorded_error_keeps_its_words(recording: Recording) -> None:
     body = recording.json()
     said = body.get("detail") or body.get("message") or body["error"]["message"]

@@ -18,6 +18,7 @@ from gateway.api.peek import Asked, read_body
 from gateway.api.routes import RELAYED
 from gateway.errors import Kind, Refusal
 from gateway.settings import Caps
+from tests.support.table import each
 
 CHAT, RESPONSES, MESSAGES, EMBEDDINGS = "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"
 CLOSED = MediaRules()
@@ -102,7 +103,7 @@ REMOTE = [
 ]
 
 
-@pytest.mark.parametrize("url", REMOTE, ids=[repr(url) for url in REMOTE])
+@each("url", REMOTE)
 def test_no_url_but_data_is_passed_on(url: str) -> None:
     """Also nothing an engine might take for a file of its own disk, or repair into a URL."""
     refusal = refused(ask(image(url)))
@@ -147,7 +148,7 @@ PLACES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body"), PLACES, ids=range(len(PLACES)))
+@each(("path", "body"), PLACES)
 def test_a_url_is_found_wherever_a_dialect_has_one(path: str, body: dict[str, Any]) -> None:
     """And the same place is open to a data URL, so it is the URL that is refused."""
     refused(ask(body, path))
@@ -155,7 +156,7 @@ def test_a_url_is_found_wherever_a_dialect_has_one(path: str, body: dict[str, An
     assert isinstance(ask(data, path), Asked)
 
 
-@pytest.mark.parametrize("path", sorted(RELAYED))
+@each("path", sorted(RELAYED))
 def test_every_path_looks_at_its_media(path: str) -> None:
     """A path whose field names no media would let an engine fetch unseen; only text completions have none."""
     fields = RELAYED[path].media_fields
@@ -185,8 +186,8 @@ HIDDEN = [
 ]
 
 
-@pytest.mark.parametrize("part", HIDDEN)
-@pytest.mark.parametrize("field", ["messages", escaped("messages")])
+@each("part", HIDDEN)
+@each("field", ["messages", escaped("messages")])
 def test_escapes_hide_nothing(part: str, field: str) -> None:
     refused(ask(f'{{"model":"m","{field}":[{{"role":"user","content":[{part}]}}]}}'))
 
@@ -200,9 +201,9 @@ def test_of_two_fields_the_one_that_is_sent_is_looked_at() -> None:
     assert json.loads(bytes(asked.fields["messages"])) == json.loads(good)
 
 
-@pytest.mark.parametrize("key", ["image_embeds", "audio_embeds", "prompt_embeds", "anything_embeds"])
-@pytest.mark.parametrize("value", ["AAAA", {"a": "AAAA"}, None, [1]])
-@pytest.mark.parametrize("rules", [CLOSED, OPEN], ids=["closed", "open"])
+@each("key", ["image_embeds", "audio_embeds", "prompt_embeds", "anything_embeds"])
+@each("value", ["AAAA", {"a": "AAAA"}, None, [1]])
+@each("rules", [CLOSED, OPEN])
 def test_tensors_never_pass(key: str, value: object, rules: MediaRules) -> None:
     """An engine unpickles them, wherever remote URLs stand."""
     refused(ask(chat_with({"type": key, key: value}), rules=rules))
@@ -223,7 +224,7 @@ ALLOWED = [
 ]
 
 
-@pytest.mark.parametrize("url", ALLOWED)
+@each("url", ALLOWED)
 def test_a_named_host_may_be_fetched_from(url: str) -> None:
     assert isinstance(ask(image(url), rules=OPEN), Asked)
 
@@ -269,7 +270,7 @@ NOT_ALLOWED = [
 ]
 
 
-@pytest.mark.parametrize("url", NOT_ALLOWED, ids=[repr(url) for url in NOT_ALLOWED])
+@each("url", NOT_ALLOWED)
 def test_only_named_hosts_exactly_as_written(url: str) -> None:
     """What two parsers may read differently is not judged but refused."""
     refused(ask(image(url), rules=OPEN))
@@ -294,7 +295,7 @@ def sized(size: int) -> str:
     return "data:image/png;base64,".ljust(size, "A")
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "key", "limit"),
     [
         (CHAT, None, 1000),
@@ -407,7 +408,7 @@ HARMLESS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body"), HARMLESS, ids=range(len(HARMLESS)))
+@each(("path", "body"), HARMLESS)
 def test_text_that_mentions_urls_is_only_text(path: str, body: dict[str, Any]) -> None:
     """Also when its spelling needs escapes, so that the look is not skipped."""
     for rules in (CLOSED, OPEN, MediaRules(data_url=10)):

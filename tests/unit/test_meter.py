@@ -21,6 +21,7 @@ from gateway.serving.dialect import ANTHROPIC, OPENAI, RESPONSES, Dialect
 from gateway.serving.meter import Meter, Usage, read_usage
 from tests.support.recordings import Recording, all_recordings, load
 from tests.support.splits import byte_by_byte, every_cut, pieces, plans
+from tests.support.table import each
 
 PUBLIC = "public/model"
 DONE = b"data: [DONE]\n\n"
@@ -61,8 +62,8 @@ def expected_bytes(recording: Recording, *, hide: bool) -> bytes:
     return b"".join(out)
 
 
-@pytest.mark.parametrize("recording", STREAMS, ids=str)
-@pytest.mark.parametrize("hide", [False, True], ids=["asked", "hidden"])
+@each("recording", STREAMS)
+@each("hide", [False, True])
 def test_a_recorded_stream_is_passed_on_byte_for_byte(recording: Recording, hide: bool) -> None:
     """Whole, and as the engine's own reads brought it, and with several events in a read."""
     dialect = RELAYED[recording.path].dialect
@@ -75,7 +76,7 @@ def test_a_recorded_stream_is_passed_on_byte_for_byte(recording: Recording, hide
         assert not meter.partial
 
 
-@pytest.mark.parametrize("recording", STREAMS, ids=str)
+@each("recording", STREAMS)
 def test_the_engines_name_for_the_model_reaches_no_client(recording: Recording) -> None:
     """Also where a read ends inside the name."""
     (name,) = set(re.findall(rb'"model": ?"([^"]+)"', recording.body))
@@ -189,7 +190,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("event", BROKEN, ids=range(len(BROKEN)))
+@each("event", BROKEN)
 def test_what_is_not_understood_is_passed_on(event: bytes) -> None:
     """The client gets what the engine said, and the stream goes on."""
     meter = meter_for()
@@ -242,9 +243,9 @@ TYPED_ENDS = [(RESPONSES, "response.completed"), (RESPONSES, "response.failed"),
               (ANTHROPIC, "message_stop")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("dialect", "kind"), TYPED_ENDS, ids=[kind for _, kind in TYPED_ENDS])
-@pytest.mark.parametrize("public", [PUBLIC, "m"], ids=["renamed", "same name"])
-@pytest.mark.parametrize("form", ["both", "only the event line", "only the type"])
+@each(("dialect", "kind"), TYPED_ENDS)
+@each("public", [PUBLIC, "m"])
+@each("form", ["both", "only the event line", "only the type"])
 def test_typed_streams_end_with_their_own_event(dialect: Dialect, kind: str, public: str, form: str) -> None:
     """An engine may name the type in its line, in its JSON, or in both."""
     line = b"" if form == "only the type" else b"event: " + kind.encode() + b"\n"
@@ -310,9 +311,9 @@ STREAM_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("payload", "fault"), STREAM_ERRORS, ids=range(len(STREAM_ERRORS)))
-@pytest.mark.parametrize("before", [b"", b'data: {"model":"m","choices":[]}\n\n'], ids=["first", "later"])
-@pytest.mark.parametrize("public", [PUBLIC, "m"], ids=["renamed", "same name"])
+@each(("payload", "fault"), STREAM_ERRORS)
+@each("before", [b"", b'data: {"model":"m","choices":[]}\n\n'])
+@each("public", [PUBLIC, "m"])
 def test_an_error_event_is_found_and_not_passed_on(payload: str, fault: Fault, before: bytes, public: str) -> None:
     """Nor is anything behind it, at whatever split."""
     event = b"data: " + payload.encode() + b"\n\n"
@@ -424,7 +425,7 @@ def test_a_partial_event_overflows_beyond_its_bound_and_only_then(size: int, ste
 # --- usage of whole answers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("body", "usage"),
     [
         (b'{"usage":{"prompt_tokens":5,"completion_tokens":2}}', Usage(5, 2, None)),

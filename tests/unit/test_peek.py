@@ -26,6 +26,7 @@ from gateway.api.peek import (
 from gateway.api.routes import RELAYED
 from gateway.errors import Kind, Refusal
 from gateway.settings import Caps
+from tests.support.table import each
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 MEDIA = MediaRules()
@@ -105,8 +106,8 @@ MALFORMED: list[tuple[bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "told"), MALFORMED, ids=[repr(body[:40]) for body, _ in MALFORMED])
-@pytest.mark.parametrize("path", [CHAT, RESPONSES])
+@each(("body", "told"), MALFORMED)
+@each("path", [CHAT, RESPONSES])
 def test_what_is_no_json_object_is_refused(body: bytes, told: str, path: str) -> None:
     message = refused(read(body, path)).lower()
     if told == "no object" or body.startswith(b"["):
@@ -115,7 +116,7 @@ def test_what_is_no_json_object_is_refused(body: bytes, told: str, path: str) ->
         assert told.lower() in message
 
 
-@pytest.mark.parametrize("size", [1, 10, 25, 40, 60])
+@each("size", [1, 10, 25, 40, 60])
 def test_a_truncated_body_is_refused_wherever_it_breaks_off(size: int) -> None:
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "naïve é€😀"}], "n": 1}).encode()
     assert isinstance(read(body), Asked)
@@ -126,7 +127,7 @@ def test_a_truncated_body_is_refused_wherever_it_breaks_off(size: int) -> None:
 MODELS: list[Any] = [None, 5, True, [], ["m"], {"name": "m"}, "", "x" * (MAX_MODEL_NAME + 1)]
 
 
-@pytest.mark.parametrize("model", MODELS, ids=[repr(model)[:20] for model in MODELS])
+@each("model", MODELS)
 def test_a_model_is_needed(model: object) -> None:
     """vLLM would serve its base model without one, whatever the key may use."""
     refused(ask(model=model), param="model")
@@ -145,7 +146,7 @@ FLAGS = [('"true"', None), ("1", None), ("0", None), ("[]", None), ("{}", None),
          ("true", True), ("false", False), ("null", False)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("raw", "stream"), FLAGS, ids=[raw for raw, _ in FLAGS])
+@each(("raw", "stream"), FLAGS)
 def test_stream_is_a_boolean(raw: str, stream: bool | None) -> None:
     """An engine may take "true" or 1 for it; then one side would stream and the other not."""
     answer = read(f'{{"model":"m", "stream" : {raw} }}')
@@ -155,7 +156,7 @@ def test_stream_is_a_boolean(raw: str, stream: bool | None) -> None:
         assert asked(answer).stream is stream
 
 
-@pytest.mark.parametrize("path", sorted(RELAYED))
+@each("path", sorted(RELAYED))
 def test_only_some_paths_stream(path: str) -> None:
     answer = ask(path, stream=True)
     if RELAYED[path].streams:
@@ -171,7 +172,7 @@ OPTIONS: list[tuple[Any, bool]] = [({"include_usage": True}, True),
            ([], True), ("yes", True)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "wants"), OPTIONS, ids=[str(options) for options, _ in OPTIONS])
+@each(("options", "wants"), OPTIONS)
 def test_whether_the_client_asks_for_usage(options: object, wants: bool) -> None:
     """What is malformed is the engine's to refuse: nothing is hidden then."""
     assert asked(ask(stream=True, stream_options=options)).wants_usage is wants
@@ -195,8 +196,8 @@ def test_a_control_field_is_not_hidden_by_its_double() -> None:
     refused(read('{"model":"m","priorit\\u0079":1}'), Kind.FORBIDDEN_FIELD, "priority")
 
 
-@pytest.mark.parametrize("field", sorted(FORBIDDEN))
-@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES, "/v1/embeddings"])
+@each("field", sorted(FORBIDDEN))
+@each("path", [CHAT, RESPONSES, MESSAGES, "/v1/embeddings"])
 def test_what_steers_an_engine_is_not_for_clients(field: str, path: str) -> None:
     """Even as null: the field's presence is what some engines look at."""
     values: list[Any] = [None, 1, "x", {}]
@@ -311,8 +312,8 @@ def test_keys_with_and_without_caps_are_read_alike(fields: dict[str, Any], path:
 COUNTS = ["1.5", "1.0", '"1"', "true", "[1]", "{}", "1e3", "1e999", "-1", "2147483648", "9" * 400]
 
 
-@pytest.mark.parametrize("raw", COUNTS, ids=[raw[:12] for raw in COUNTS])
-@pytest.mark.parametrize(
+@each("raw", COUNTS)
+@each(
     ("path", "name"),
     [
         (CHAT, "n"),
@@ -330,14 +331,14 @@ def test_counts_are_whole_numbers(path: str, name: str, raw: str) -> None:
         refused(read(body, path), param=name)
 
 
-@pytest.mark.parametrize("raw", ["1e999", "-1e999", "1e400", "123456789e400"])
-@pytest.mark.parametrize("name", ["temperature", "top_p", "presence_penalty", "repetition_penalty"])
+@each("raw", ["1e999", "-1e999", "1e400", "123456789e400"])
+@each("name", ["temperature", "top_p", "presence_penalty", "repetition_penalty"])
 def test_numbers_no_float_can_hold_are_refused(name: str, raw: str) -> None:
     """JSON allows them; an engine would compute with infinity."""
     refused(read(f'{{"model":"m","{name}":{raw}}}'), param=name)
 
 
-@pytest.mark.parametrize("raw", ["0.1", "1e-400", "-0", "2", '"0.5"', "null", "1E2", "{}"])
+@each("raw", ["0.1", "1e-400", "-0", "2", '"0.5"', "null", "1E2", "{}"])
 def test_other_numbers_and_types_are_the_engines_to_judge(raw: str) -> None:
     assert bytes(asked(read(f'{{"model":"m","temperature":{raw}}}')).fields["temperature"]) == raw.encode()
 
@@ -362,8 +363,8 @@ def encodes(text: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("text", HALVES)
-@pytest.mark.parametrize("form", ['{"model":"m","stop":"%s"}', '{"model":"m","a":[{"b":"%s"}],"c":"ddddddddddddddddd"}',
+@each("text", HALVES)
+@each("form", ['{"model":"m","stop":"%s"}', '{"model":"m","a":[{"b":"%s"}],"c":"ddddddddddddddddd"}',
                                   '{"model":"m","%s":1}', '{"model":"%s"}'])  # fmt: skip
 def test_half_a_surrogate_pair_is_refused(text: str, form: str) -> None:
     """vLLM answers 500 to one; the client is told what is wrong, wherever it stands."""
@@ -371,7 +372,7 @@ def test_half_a_surrogate_pair_is_refused(text: str, form: str) -> None:
     assert "half of a surrogate pair" in refused(read(form % text))
 
 
-@pytest.mark.parametrize("text", WHOLE)
+@each("text", WHOLE)
 def test_whole_pairs_and_escaped_backslashes_pass(text: str) -> None:
     assert encodes(f'"{text}"')
     assert bytes(asked(read(f'{{"model":"m","stop":"{text}"}}')).fields["stop"]).decode() == f'"{text}"'
@@ -415,7 +416,7 @@ LIMITS = [(CHAT, "max_tokens"), (CHAT, "max_completion_tokens"), (COMPLETIONS, "
           (RESPONSES, "max_output_tokens"), (MESSAGES, "max_tokens")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "name"), LIMITS)
+@each(("path", "name"), LIMITS)
 def test_the_output_limit_is_capped(path: str, name: str) -> None:
     caps = Caps(max_tokens=100)
     assert sent(ask(path, caps, **{name: 100}), path)[name] == 100
@@ -482,7 +483,7 @@ PROMPTS: list[tuple[Any, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "count"), PROMPTS, ids=[str(prompt) for prompt, _ in PROMPTS])
+@each(("prompt", "count"), PROMPTS)
 def test_answers_are_counted_over_all_prompts(prompt: object, count: int) -> None:
     """In every spelling that an engine takes for a list of prompts."""
     for n in (None, 1, 2):
@@ -512,7 +513,7 @@ STATEFUL = [("previous_response_id", "resp_1"), ("previous_response_id", ""), ("
             ("conversation", "c"), ("background", True), ("background", 1), ("background", "true")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), STATEFUL)
+@each(("name", "value"), STATEFUL)
 def test_what_needs_state_in_one_engine_is_refused(name: str, value: object) -> None:
     message = refused(ask(RESPONSES, input="x", **{name: value}), Kind.UNSUPPORTED, name)
     assert name in message
@@ -531,8 +532,8 @@ SMUGGLED = ['{"chat_template":"{{x}}"}', '{"chat_templat\\u0065":"x"}', '{"a":1,
             '{"tokenize":false}', '{"conversation":[]}', '{"documents":[]}', '{"tools":[]}']  # fmt: skip
 
 
-@pytest.mark.parametrize("raw", SMUGGLED)
-@pytest.mark.parametrize("path", [CHAT, MESSAGES, "/tokenize"])
+@each("raw", SMUGGLED)
+@each("path", [CHAT, MESSAGES, "/tokenize"])
 def test_a_template_is_not_smuggled_in_among_its_arguments(raw: str, path: str) -> None:
     refused(read(f'{{"model":"m","chat_template_kwargs":{raw}}}', path), Kind.FORBIDDEN_FIELD, "chat_template_kwargs")
 

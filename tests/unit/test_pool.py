@@ -13,6 +13,7 @@ from engines.protocol import plain_target
 from engines.vllm import Vllm
 from gateway.serving.pool import EndpointSpec, Pool
 from gateway.serving.upstream import Address, parse_address
+from tests.support.table import each
 from tests.support.tls import AUTHORITY
 
 CHAT = "/v1/chat/completions"
@@ -123,7 +124,7 @@ ADDRESSES = [
 ]
 
 
-@pytest.mark.parametrize(("url", "address"), ADDRESSES)
+@each(("url", "address"), ADDRESSES)
 def test_where_an_engine_is(url: str, address: Address) -> None:
     parsed = parse_address(url)
     assert parsed == address

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
-
 from gateway.errors import Kind
 from gateway.headers import to_pairs
 from gateway.policy.limits import Counts, Limit
 from gateway.policy.token_bucket import NEVER, Bucket, Shape, rate_shape
 from gateway.serving.rates import families, go_duration, rate_headers, refusal
 from gateway.store.protocol import Known, Refused, Standing
+from tests.support.table import each
 
 
-@pytest.mark.parametrize(
+@each(
     ("microseconds", "text"),
     [
         (0, "0s"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.serving.redact import MAX_MESSAGE, redact
 from tests.support.recordings import all_recordings
+from tests.support.table import each
 
 TOLD = [
     ("No adapter found for /data/adapters/banana", "No adapter found for [path]"),
@@ -19,7 +19,7 @@ TOLD = [
 ]
 
 
-@pytest.mark.parametrize(("message", "told"), TOLD)
+@each(("message", "told"), TOLD)
 def test_paths_and_traces_are_taken_out(message: str, told: str) -> None:
     assert redact(message) == told
 
@@ -35,7 +35,7 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize("message", KEPT)
+@each("message", KEPT)
 def test_what_only_has_slashes_stays(message: str) -> None:
     assert redact(message) == message
 
@@ -47,9 +47,7 @@ def test_it_is_bounded_and_does_it_all_at_once(message: str) -> None:
     assert redact(told) == told
 
 
-@pytest.mark.parametrize(
-    "message", ["/" * 10**6, "/a" * 10**6, "\n" * 10**6 + "/", "\n File" * 10**5 + "/", "a/" * 10**6]
-)
+@each("message", ["/" * 10**6, "/a" * 10**6, "\n" * 10**6 + "/", "\n File" * 10**5 + "/", "a/" * 10**6])
 def test_a_huge_message_is_cut_before_it_is_searched(message: str) -> None:
     """A client's own text comes back in it."""
     assert len(redact(message)) <= MAX_MESSAGE

@@ -16,6 +16,8 @@ from gateway.policy.retry import Cause
 from gateway.serving.relay import HEARTBEAT, RelayLimits, translate
 from gateway.serving.ticket import Outcome
 from gateway.serving.upstream import Loss
+from tests.support.examples import examples
+from tests.support.table import each
 from tests.unit.ports import CHAT, JSON, OWN, SSE, FakeConnection, Stage
 
 CHUNK = b'data: {"model":"own-name","choices":[{"delta":{"content":"x"}}]}\n\n'
@@ -150,7 +152,7 @@ FAILURES: list[tuple[Any, Outcome, int, str]] = [
 IDS = [fail.__name__ for fail, *_ in FAILURES]
 
 
-@pytest.mark.parametrize(("fail", "outcome", "status", "reason"), FAILURES, ids=IDS)
+@each(("fail", "outcome", "status", "reason"), FAILURES)
 def test_a_failure_without_another_engine_is_told(fail: Any, outcome: Outcome, status: int, reason: str) -> None:
     stage = Stage()
     fail(stage.start())
@@ -160,7 +162,7 @@ def test_a_failure_without_another_engine_is_told(fail: Any, outcome: Outcome, s
     assert stage.metrics._upstream_errors == {("e0", reason): 1}
 
 
-@pytest.mark.parametrize(("fail", "outcome", "status", "reason"), FAILURES, ids=IDS)
+@each(("fail", "outcome", "status", "reason"), FAILURES)
 def test_another_engine_is_asked_while_nothing_has_reached_the_client(
     fail: Any, outcome: Outcome, status: int, reason: str
 ) -> None:
@@ -176,7 +178,7 @@ def test_another_engine_is_asked_while_nothing_has_reached_the_client(
     assert stage.ticket.attempts == 2
 
 
-@pytest.mark.parametrize(("fail", "outcome", "status", "reason"), FAILURES, ids=IDS)
+@each(("fail", "outcome", "status", "reason"), FAILURES)
 def test_after_a_heartbeat_a_failure_is_an_event(fail: Any, outcome: Outcome, status: int, reason: str) -> None:
     """Another engine is asked all the same; the status is 200 for good."""
     stage = Stage(endpoints=2)
@@ -220,8 +222,8 @@ def break_same_read(attempt: FakeConnection) -> None:
 BREAKS = [break_error, break_closed, break_garbage, break_no_end, break_endless, break_same_read]
 
 
-@pytest.mark.parametrize("broken", BREAKS, ids=[broken.__name__ for broken in BREAKS])
-@pytest.mark.parametrize("path", [CHAT, "/v1/responses", "/v1/messages"])
+@each("broken", BREAKS)
+@each("path", [CHAT, "/v1/responses", "/v1/messages"])
 def test_after_the_first_event_no_other_engine_is_asked(broken: Any, path: str) -> None:
     """The client is told in its own dialect, and the connection is not used again."""
     stage = Stage(endpoints=3, path=path, limits=RelayLimits(event=1000))
@@ -316,7 +318,7 @@ TRANSLATED = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "cause", "kind"), TRANSLATED)
+@each(("fault", "cause", "kind"), TRANSLATED)
 def test_whose_fault_an_engines_error_is(fault: Fault, cause: Cause, kind: Kind) -> None:
     """The engine's words stay where they are the client's business, without its paths; its names and keys do not."""
     found, refusal = translate(EngineError(fault, "see /opt/app/own-name.py"), "public", CHAT)
@@ -478,7 +480,7 @@ def test_a_client_that_takes_nothing_is_cut_off_at_last() -> None:
     stage.check_over(Outcome.CLIENT_GONE, 499)
 
 
-@pytest.mark.parametrize("stage_reached", ["connecting", "connected", "head", "half an event", "event", "heartbeat"])
+@each("stage_reached", ["connecting", "connected", "head", "half an event", "event", "heartbeat"])
 def test_a_client_that_leaves_takes_the_engines_work_with_it(stage_reached: str) -> None:
     stage = Stage(endpoints=2)
     attempt = stage.start()
@@ -813,5 +815,5 @@ class AnyOrder(RuleBasedStateMachine):
             self.all_is_held_or_all_is_given_back()
 
 
-AnyOrder.TestCase.settings = settings(settings.default, max_examples=300, stateful_step_count=30)
+AnyOrder.TestCase.settings = settings(max_examples=examples(75), stateful_step_count=30)
 TestAnyOrder = AnyOrder.TestCase

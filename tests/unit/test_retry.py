@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.policy.retry import BROKEN_RETRIES, Cause, Next, decide
+from tests.support.table import each
 
 ELSEWHERE = {Cause.CONNECT, Cause.OVERLOADED, Cause.UNKNOWN_MODEL, Cause.CREDENTIALS, Cause.BROKEN}
 
 
-@pytest.mark.parametrize("cause", list(Cause))
+@each("cause", list(Cause))
 def test_the_first_failure(cause: Cause) -> None:
     """The request's own fault and used-up time end it; everything else may be better elsewhere."""
     expected = Next.SAME if cause is Cause.STALE else Next.ELSEWHERE if cause in ELSEWHERE else Next.GIVE_UP

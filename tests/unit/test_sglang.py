@@ -14,6 +14,7 @@ from engines.protocol import Capability, Dispatch, EngineError, EngineLoad, Faul
 from engines.sglang import Sglang
 from gateway.serving.redact import redact
 from tests.support.recordings import Recording, all_recordings, load
+from tests.support.table import each
 
 SGLANG = Sglang()
 FAILED = [recording for recording in all_recordings("sglang", streams=False) if recording.status >= 400]
@@ -40,7 +41,7 @@ def names(target: Target) -> tuple[Any, Any]:
 # --- naming ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "base", "named"),
     [
         ("smollm2", None, ("smollm2", None)),
@@ -96,7 +97,7 @@ def test_usage_and_salt_are_added_where_they_are_known() -> None:
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "error"),
     [
         ("err_badjson", EngineError(Fault.REQUEST, "the body: JSON decode error")),
@@ -127,7 +128,7 @@ def test_a_recorded_error_is_what_other_engines_would_say(name: str, error: Engi
     assert error_of(name) == error
 
 
-@pytest.mark.parametrize("recording", FAILED, ids=str)
+@each("recording", FAILED)
 def test_no_error_tells_of_the_engine_s_files_or_repeats_the_request(recording: Recording) -> None:
     """As a client gets it: SGLang's validator quotes its own files and the whole request, prompts included."""
     said = redact(SGLANG.read_error(recording.status, recording.body).message)
@@ -189,7 +190,7 @@ def test_the_flat_shape_in_a_stream_is_read_too() -> None:
     assert SGLANG.read_stream_error(recorded("q_full_nonstream").body) == error_of("q_full_nonstream")
 
 
-@pytest.mark.parametrize("recording", all_recordings("sglang", streams=True), ids=str)
+@each("recording", all_recordings("sglang", streams=True))
 def test_no_event_of_an_answer_is_an_error(recording: Recording) -> None:
     if recording.name.startswith("q_full_"):
         return

@@ -25,6 +25,7 @@ from gateway.serving.pool import Endpoint, EndpointSpec
 from gateway.serving.relay import HEARTBEAT, Order, Relay, RelayLimits
 from gateway.serving.ticket import Outcome, Ticket
 from gateway.serving.upstream import Address, Connections, Loss
+from tests.support.examples import examples
 from tests.unit.ports import MODEL, OWN, FakeClient, FakeConnection, FakeConnections, Stage
 
 ONE_AT_ONCE = AdmissionRules(capacity=ConcurrencyRules(most=1), patience=(30.0, 30.0, 300.0))
@@ -500,7 +501,7 @@ class AnyCrowd(RuleBasedStateMachine):
 
 
 TestAnyCrowd = AnyCrowd.TestCase
-TestAnyCrowd.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestAnyCrowd.settings = settings(max_examples=examples(25), stateful_step_count=30)
 
 
 def test_an_engine_that_refuses_everything_is_not_sent_everything() -> None:

@@ -16,6 +16,7 @@ from engines.registry import ENGINES
 from engines.vllm import Vllm
 from gateway.api.routes import RELAYED
 from tests.support.recordings import Recording, all_recordings, load
+from tests.support.table import each
 
 VLLM = Vllm()
 FAILED = [recording for recording in all_recordings(streams=False) if recording.status >= 400]
@@ -43,13 +44,13 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "fault"), FAULTS, ids=[name for name, _ in FAULTS])
+@each(("name", "fault"), FAULTS)
 def test_whose_fault_a_recorded_error_is(name: str, fault: Fault) -> None:
     recording = load(*name.split("/"))
     assert wire.read_error(recording.status, recording.body).fault is fault
 
 
-@pytest.mark.parametrize("recording", FAILED, ids=str)
+@each("recording", FAILED)
 def test_a_recorded_errors_own_message_is_kept(recording: Recording) -> None:
     """Whatever its shape: nested, flat, a bare string, a framework's detail, plain text, or nothing."""
     error = wire.read_error(recording.status, recording.body)
@@ -95,7 +96,7 @@ def test_the_param_is_kept() -> None:
     assert wire.read_error(recording.status, recording.body).param == "max_tokens"
 
 
-@pytest.mark.parametrize(
+@each(
     ("status", "fault"),
     [
         (400, Fault.REQUEST),
@@ -144,7 +145,7 @@ def test_no_shape_of_an_error_makes_it_fail(status: int, value: Any) -> None:
     assert found is None or found.message
 
 
-@pytest.mark.parametrize(
+@each(
     ("code", "status"),
     [(503, 503), ("404", 404), ("not_found", 500), (None, 500), ("²²²", 500), ("9" * 5000, 500), ("4040", 500)],
 )
@@ -181,8 +182,8 @@ def test_the_model_goes_by_its_own_name_and_the_rest_as_it_came() -> None:
     assert body == {"model": "own name", "messages": [], "temperature": 0.1, "stream": True}
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-@pytest.mark.parametrize(
+@each("path", ["/v1/chat/completions", "/v1/completions"])
+@each(
     ("given_options", "sent"),
     [
         ("absent", {"include_usage": True}),
@@ -246,7 +247,7 @@ def test_what_can_be_read_of_a_list_of_models_is() -> None:
     assert listed == (ServedModel("base", 7, 2048), ServedModel("support", base="base"))
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"data":{}}', b"<html>", b'{"data":' + b"[" * 100_000])
+@each("body", [b"", b"[]", b"{}", b'{"data":{}}', b"<html>", b'{"data":' + b"[" * 100_000])
 def test_what_is_no_list_of_models_is_told(body: bytes) -> None:
     with pytest.raises(ValueError, match="list of models"):
         VLLM.read_models(body)

@@ -99,7 +99,7 @@ async def test_clients_that_leave_at_every_stage_leave_nothing_behind(
     start: Start, start_gateway: StartGateway
 ) -> None:
     engine = await start("--profile", "h100-8b", "--speed", "20")
-    gateway = await start_gateway(Upstream(url=engine.url, engine="simulated"), limits=LIMITS)
+    gateway = await start_gateway(Upstream(url=engine.url, engine="simulated"), limits=LIMITS, database=True)
     turn, chance = asyncio.Semaphore(AT_ONCE), random.Random(7)
     await asyncio.gather(*(one(gateway, number, turn, chance) for number in range(CLIENTS)))
     await gateway.idle()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,12 +22,11 @@ from engines.simulation.batching import (
 )
 from engines.simulation.profiles import PROFILES, Profile
 from tests.engines.simulated.naive import NaiveEngine, times_of
+from tests.support.examples import examples
+from tests.support.table import each
 
 BLOCK = 4
-# The same draws on every run; FOREBAY_EXAMPLES asks for more of them.
-drawn = settings(
-    deadline=None, database=None, derandomize=True, max_examples=int(os.environ.get("FOREBAY_EXAMPLES", "30"))
-)
+drawn = settings(max_examples=examples(25))
 
 
 def small(**changed: Any) -> Profile:
@@ -428,7 +426,7 @@ def test_units_of_several_blocks() -> None:
     assert model.counters.cached_tokens > 0
 
 
-@pytest.mark.parametrize("name", PROFILES)
+@each("name", PROFILES)
 def test_every_profile_runs_and_says_where_its_figures_come_from(name: str) -> None:
     profile = PROFILES[name]
     model = EngineModel(profile)

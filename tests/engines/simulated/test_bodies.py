@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,8 @@ from engines.simulation.bodies import Job, Limits, Refused
 from engines.simulation.choices import plan
 from engines.simulation.schema import least_instance
 from engines.simulation.speech import Identity
+from tests.support.examples import examples
+from tests.support.table import each
 
 LIMITS = Limits("m", 300)
 GOOD: dict[str, Any] = {
@@ -84,7 +85,7 @@ fields = st.dictionaries(
 )
 
 
-@settings(deadline=None, database=None, derandomize=True, max_examples=150)
+@settings(max_examples=examples(60))
 @given(fields, st.sampled_from(READERS))
 def test_any_body_is_a_job_or_refused(changed: dict[str, Any], read: Callable[[dict[str, Any], Limits], Job]) -> None:
     """And a job can be planned within its room."""
@@ -101,7 +102,7 @@ def test_any_body_is_a_job_or_refused(changed: dict[str, Any], read: Callable[[d
         assert shown == choice.text
 
 
-@pytest.mark.parametrize(
+@each(
     ("schema", "value"),
     [
         ({"type": "object", "properties": {"a": {"type": "integer", "minimum": 3}}, "required": ["a"]}, {"a": 3}),

@@ -12,7 +12,7 @@ from engines.simulation.speech import read_identity
 from gateway.settings import Upstream
 from tests.engines.simulated.conftest import RunningEngine, Start, make_adapter
 from tests.support.client import RawClient
-from tests.support.gateway import AUTH, CHAT, StartGateway, until
+from tests.support.gateway import AUTH, CHAT, StartGateway, give_database, until
 from tests.support.served import Served
 from tests.support.sockets import free_port
 
@@ -87,6 +87,7 @@ def test_the_configuration_starts_one(tmp_path: Path) -> None:
     """`engines: [{kind: simulated, …}]`: nothing is installed, and it answers under its name."""
     config = tmp_path / "forebay.yaml"
     config.write_text("engines: [{name: pretender, kind: simulated, profile: instant, served_name: pretended}]\n")
+    give_database(tmp_path / "forebay.db")
     arguments = ("--config", str(config))
     with Served(arguments, tmp_path, (free_port(), free_port()), FOREBAY_HOME=str(tmp_path)) as served:
         served.wait_ready(30)

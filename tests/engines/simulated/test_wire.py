@@ -12,6 +12,7 @@ import pytest
 
 from tests.engines.simulated.conftest import RunningEngine, Start, make_adapter
 from tests.support.recordings import Recording, all_recordings, load
+from tests.support.table import each, named
 
 # What these show the simulated engine does not do: prompts' text goes on after a suffix, grammars, logit_bias.
 _NOT_DONE = {"err_bad_regex", "err_logit_bias", "chat_structured_regex"}
@@ -86,10 +87,10 @@ async def _ask(engine: RunningEngine, recording: Recording) -> httpx.Response:
     return await engine.client.request(recording.method, recording.path, content=content, headers=headers)
 
 
-async def test_answers_have_the_recorded_form(engine: RunningEngine, subtests: pytest.Subtests) -> None:
+async def test_answers_have_the_recorded_form(engine: RunningEngine) -> None:
     """The same request gets the same status, type of content, keys and types of values; errors the same words."""
     for recording in COVERED:
-        with subtests.test(str(recording)):
+        with named(recording=recording):
             _same_form(await _ask(engine, recording), recording)
 
 
@@ -127,7 +128,7 @@ CALLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("verb", "body", "status", "kind", "message"), CALLS)
+@each(("verb", "body", "status", "kind", "message"), CALLS)
 async def test_calls_for_adapters_fail_in_vllms_words(
     engine: RunningEngine, verb: str, body: str, status: int, kind: str, message: str
 ) -> None:
