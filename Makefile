@@ -58,6 +58,10 @@ test-engines: $(STAMP) ## The conformance suite, and all else about engines, on 
 bench: $(STAMP) ## Compare with nginx and a naive gateway; PEERS="sglang-router smg" installs and adds those
 	@$(BIN)/python -m loadtests.bench.run $(if $(PEERS),--peers $(shell echo $(PEERS) | tr ' ' ',')) $(ARGS)
 
+.PHONY: examples
+examples: $(STAMP) ## Every property test, with ten times as many examples as the suite draws
+	@FOREBAY_EXAMPLES=10 $(BIN)/python -m pytest -n 3 --dist worksteal -m "hypothesis and not load"
+
 .PHONY: load
 load: $(STAMP) ## Clients that leave at every stage; replicas on one store of limits, under every fault; a scenario under locust
 	@CLIENTS=10000 $(BIN)/python -m pytest -s tests/engines/simulated/test_accounts.py

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
 import yaml
 
 from gateway.metrics import Metrics
@@ -14,6 +13,7 @@ from gateway.policy.split import Arm
 from gateway.settings import Settings
 from gateway.state.usage import read_by
 from tests.support.command import forebay
+from tests.support.table import each
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "models.md").read_text()
@@ -22,7 +22,7 @@ QUEUE = (DOCS / "queue.md").read_text()
 TREES = [yaml.safe_load(text) for language, text in _FENCE.findall(PAGE + QUEUE) if language == "yaml"]
 
 
-@pytest.mark.parametrize("tree", TREES, ids=lambda tree: ",".join(tree))
+@each("tree", TREES)
 def test_every_example_is_a_configuration(tree: dict[str, object]) -> None:
     assert Settings.model_validate(tree) != Settings()
 

@@ -11,7 +11,7 @@ from tests.support.examples import examples
 wants = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
 
-@settings(max_examples=examples(100))
+@settings(max_examples=examples(75))
 @given(most=st.integers(1, 60), wanted=wants, turn=st.integers(0, 100))
 def test_what_is_fair(most: int, wanted: list[int], turn: int) -> None:
     """Never more than there is; all of it when so much is wanted; nobody short while another has more than he."""

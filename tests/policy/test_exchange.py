@@ -187,7 +187,7 @@ def wrong(draw: random.Random) -> tuple[float, float]:
     return 100.0, real
 
 
-@settings(max_examples=examples(12))
+@settings(max_examples=examples(8))
 @given(seed=st.integers(0, 2**32), large=st.integers(20, 300), some_wrong=st.booleans())
 def test_two_that_wait_at_every_gateway_differ_by_no_more_than_the_bound(
     seed: int, large: int, some_wrong: bool
@@ -230,7 +230,7 @@ def test_tenants_share_fairly_whatever_the_balancer_does(seed: int) -> None:
 # --- what is told -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(25))
 @given(
     steps=st.lists(st.tuples(st.integers(0, 1), st.sampled_from("abc"), st.integers(1, 50)), max_size=40),
     weights=st.tuples(*[st.sampled_from([0.5, 1.0, 4.0])] * 3),

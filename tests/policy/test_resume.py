@@ -21,6 +21,7 @@ from gateway.policy.resume import (
     moved,
 )
 from gateway.policy.retry import Cause
+from tests.support.table import each
 
 RULES = ResumeRules()
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
@@ -90,7 +91,7 @@ def raw(fields: dict[str, object]) -> dict[str, msgspec.Raw]:
     return {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in fields.items()}
 
 
-@pytest.mark.parametrize(("name", "value", "reason"), HINDERS)
+@each(("name", "value", "reason"), HINDERS)
 def test_what_cannot_be_continued_faithfully_never_is(name: str, value: object, reason: Reason) -> None:
     for body, chat in ((CHAT, True), (COMPLETION, False)):
         assert hindrance(raw({**body, name: value}), chat=chat) is reason
@@ -119,7 +120,7 @@ def test_a_chat_needs_messages(asked: object) -> None:
     assert hindrance(raw({**CHAT, "messages": asked}), chat=True) is Reason.PROMPT
 
 
-@pytest.mark.parametrize("asked", [["a"], ["a", "b"], [1, 2], [[1], [2]], None, 5])
+@each("asked", [["a"], ["a", "b"], [1, 2], [[1], [2]], None, 5])
 def test_a_completion_needs_one_text(asked: object) -> None:
     assert hindrance(raw({**COMPLETION, "prompt": asked}), chat=False) is Reason.PROMPT
 
@@ -166,7 +167,7 @@ def test_more_words_than_chunks_cannot_be_counted() -> None:
     assert decide(Cause.BROKEN, msgspec.structs.replace(merged, told=True), 10, 0, RULES, chat=True) == Resume(8)
 
 
-@pytest.mark.parametrize("cause", Cause)
+@each("cause", Cause)
 def test_what_was_said_in_full_only_ends(cause: Cause) -> None:
     for reason in ("stop", "length", "abort"):
         assert decide(cause, Delivered("x ", 1, finish=reason), 1, 9, RULES, chat=True) == Finish()

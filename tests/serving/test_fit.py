@@ -14,6 +14,7 @@ from gateway.serving.jobs import needs_of
 from tests.support.gateway import CHAT, Gateway, StartGateway, chat, relayed, serving
 from tests.support.journal import Journal
 from tests.support.script import json_answer
+from tests.support.table import each
 from tests.support.upstream import ScriptedUpstream
 
 ANSWER = b'{"model":"own","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
@@ -107,7 +108,7 @@ async def test_a_route_may_name_a_device(
     assert await served(gateway, model="fast") == {"one"}
 
 
-@pytest.mark.parametrize(
+@each(
     ("body", "needs"),
     [
         ({"tools": [], "tool_choice": "auto", "n": 1, "logprobs": False, "stop": None}, Capability(0)),

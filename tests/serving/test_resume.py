@@ -7,7 +7,6 @@ from typing import Any
 from unittest.mock import patch
 
 import msgspec
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from gateway.serving import resume
 from gateway.serving.meter import Usage
 from gateway.serving.resume import DONE, Kept, Memory, keep
 from tests.support.examples import examples
+from tests.support.table import each
 
 CHAT, COMPLETIONS = RELAYED["/v1/chat/completions"], RELAYED["/v1/completions"]
 TOKENS = Capability.TOKEN_CHUNKS
@@ -68,7 +68,7 @@ def text_of(out: bytes) -> str:
     return found
 
 
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(25))
 @given(
     st.lists(PIECES, max_size=30),
     st.integers(1, 600),
@@ -107,7 +107,7 @@ def test_text_and_chunks_are_found_however_they_come(
     assert memory.used == 0
 
 
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(25))
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=3), max_size=12), st.data())
 def test_delivered_and_the_rest_are_the_whole(pieces: list[str], data: st.DataObject) -> None:
     """For any cut at the end of an event: no text twice, none missing, one id, one role, one sum of tokens."""
@@ -175,7 +175,7 @@ HINDERS = [
 ]
 
 
-@pytest.mark.parametrize(("event", "why"), HINDERS)
+@each(("event", "why"), HINDERS)
 def test_what_a_stream_brings_may_hinder(event: bytes, why: Reason) -> None:
     """Whether it comes first, last, or between chunks that are all alike; then nothing is kept any more."""
     for before, after in ((0, 2), (2, 0), (3, 3)):

@@ -338,7 +338,7 @@ def recorded(client: redis.Redis, space: str, live: Sequence[Person]) -> int:
     return sum(int(value.split()[0]) for name, value in found.items() if name in names)
 
 
-@settings(max_examples=examples(15))
+@settings(max_examples=examples(8))
 @given(seed=st.integers(0, 2**32), count=st.integers(2, 12))
 def test_all_that_live_never_use_more_than_there_is(client: redis.Redis, seed: int, count: int) -> None:
     """Some come, some die, calls and answers are lost, requests come and end anywhere."""

@@ -222,9 +222,7 @@ def _empty_database() -> bytes:
 class StartGateway(Protocol):
     """Starts a gateway that ends with the test."""
 
-    async def __call__(
-        self, *upstreams: ScriptedUpstream | Upstream, database: bool = False, **settings: Any
-    ) -> Gateway:
+    async def __call__(self, *upstreams: ScriptedUpstream | Upstream, **settings: Any) -> Gateway:
         """Start in front of these engines; ``settings`` are sections of the configuration, or ``path``: a file.
 
         ``database``: it has one, with keys and a ledger, as every gateway that is served. Without the word only one

@@ -146,7 +146,7 @@ def test_what_cannot_be_counted_is_too_long_for_good() -> None:
 @given(
     cap=st.integers(1, 5000),
     size=st.integers(1, 6000),
-    limit=st.none() | st.integers(0, 6000),
+    limit=st.none() | st.integers(1, 6000),
     density=st.floats(0, 1),
     path=st.sampled_from([CHAT, COMPLETIONS, MESSAGES]),
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import unquote
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.headers import model_line, to_pairs
@@ -15,7 +15,6 @@ from gateway.metrics import Metrics
 from gateway.policy.routing import Choice, Scored
 from gateway.serving.debug import LONGEST_NAME, MOST, route_line
 from gateway.serving.ticket import Attempt, Ticket
-from tests.support.examples import examples
 
 NAME = st.text(min_size=1, max_size=200)
 
@@ -25,7 +24,6 @@ class Named:
     name: str
 
 
-@settings(max_examples=examples(40))
 @given(names=st.lists(NAME, min_size=1, max_size=8), model=NAME, failed=st.lists(NAME, max_size=6))
 def test_it_is_one_line_of_ascii_within_its_bound(names: list[str], model: str, failed: list[str]) -> None:
     ticket = Ticket(Metrics(1), lambda *told: None, "req_1", "/", 0.0)

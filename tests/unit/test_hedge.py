@@ -15,6 +15,7 @@ from gateway.serving.relay import RelayLimits
 from gateway.serving.ticket import Outcome
 from gateway.serving.upstream import Loss
 from tests.support.examples import examples
+from tests.support.table import each
 from tests.unit.ports import FakeConnection, Stage
 
 CHUNK = b'data: {"model":"own-name","choices":[{"delta":{"content":"x"}}]}\n\n'
@@ -90,7 +91,7 @@ def test_an_answer_that_comes_whole(winner: int) -> None:
     stage.check_over(Outcome.OK, 200)
 
 
-@pytest.mark.parametrize("how", ["connect", "closed", "stale", "status", "event", "whole"])
+@each("how", ["connect", "closed", "stale", "status", "event", "whole"])
 def test_a_second_that_fails_leaves_the_first_alone(how: str) -> None:
     stage = staged()
     first, second = hedged(stage)
@@ -228,7 +229,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(50))
 @given(actions=ACTIONS, stream=st.booleans(), leaves=st.booleans())
 def test_whatever_comes_the_client_has_one_answer_and_everything_is_given_back(
     actions: list[tuple[int, str]], stream: bool, leaves: bool
