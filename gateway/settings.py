@@ -483,7 +483,7 @@ class StreamResume(Section):
     """Of all streams of this process together, with the bodies of their requests."""
     attempts: Annotated[int, Field(ge=1)] = 3
     """How often one stream goes on."""
-    share: Annotated[float, Field(ge=0)] = 0.5
+    share: Annotated[float, Field(ge=0)] = 1.0
     """Of all requests under way that may go on elsewhere within ten seconds, and 32 more."""
 
 

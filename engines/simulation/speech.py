@@ -167,7 +167,8 @@ def answer(identity: Identity, *, seed: int | None = None, begun: str = "", leas
     """
     key = f"{identity.text()}{seed}"
     head = pieces(identity.text())
-    whole = chain(head, islice(_words(key), max(_natural_length(key), least)))
+    # What has begun is no part of the pieces that are asked for.
+    whole = chain(head, islice(_words(key), max(_natural_length(key), least + len(pieces(begun)))))
     if not begun:
         yield from whole
         return

@@ -74,7 +74,7 @@ class ResumeRules(msgspec.Struct, frozen=True, gc=False):
     max_bytes: int = 256 * 1024
     total_bytes: int = 256 * 1024 * 1024
     attempts: int = 3
-    share: float = 0.5
+    share: float = 1.0
     spare: float = 32.0
     window: float = 10.0
 
@@ -264,9 +264,11 @@ def decide(
 
 
 class Moves(msgspec.Struct, frozen=True, gc=False):
-    """How many streams were continued lately, as of ``at`` (seconds of one monotonic clock); it fades."""
+    """How many streams were continued lately, and how many requests were under way, as of ``at`` (seconds of one
+    monotonic clock); both fade."""
 
     lately: float = 0.0
+    under_way: float = 0.0
     at: float = 0.0
 
 
@@ -276,5 +278,10 @@ def moved(moves: Moves, now: float, under_way: int, rules: ResumeRules) -> Moves
     The budget of retries is not asked: it is a share of the requests that come, and a dead engine breaks off those of
     minutes at once. What is bounded here is how much of all work may be done a second time.
     """
-    lately = moves.lately * math.exp(-max(0.0, now - moves.at) / rules.window) + 1.0
-    return Moves(lately, max(now, moves.at)) if lately <= rules.spare + rules.share * under_way else None
+    kept = math.exp(-max(0.0, now - moves.at) / rules.window)
+    lately = moves.lately * kept + 1.0
+    # What ends in good order must not take away what those that are left may do.
+    under_way_lately = max(float(under_way), moves.under_way * kept)
+    if lately > rules.spare + rules.share * under_way_lately:
+        return None
+    return Moves(lately, under_way_lately, max(now, moves.at))

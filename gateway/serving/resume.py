@@ -1,8 +1,8 @@
 """What is kept of a stream so that it can go on at another engine, and how the rest is made one stream with it.
 
 Rule 1: only what has reached the client is kept, whole events in which its text is the only thing that counts.
-Rule 2: keeping costs next to nothing: events are put aside as they come, and a few KiB of them at a time lose what is
-the same in all of them. They are taken apart only where they are not all alike.
+Rule 2: keeping costs next to nothing: a chunk that differs from the last one in its text alone is cut out of what
+stands around it, and only others are taken apart.
 Rule 3: the client sees one answer: the first one's id and time, no role said twice, the tokens of both parts.
 """
 
@@ -19,8 +19,10 @@ from gateway.serving.dialect import Route
 from gateway.serving.meter import Usage, UsageView
 from gateway.serving.pool import Endpoint
 
-BATCH = 4096
-"""Bytes of events that are put aside before their text is taken out of them."""
+BATCH = 128
+"""Texts of chunks that are put aside before they are made one, and counted."""
+ASIDE = 8192
+"""Bytes that they are taken for, which every stream may have."""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -81,14 +83,13 @@ class Kept:
     """What is kept of one stream. ``why`` tells that it cannot go on any more, and that nothing is kept of it."""
 
     __slots__ = (
-        "_batch",
-        "_batched",
         "_body",
         "_carried",
         "_chunks",
         "_fields",
         "_finish",
-        "_frame",
+        "_from",
+        "_head",
         "_held",
         "_limit",
         "_memory",
@@ -102,6 +103,9 @@ class Kept:
         "_size",
         "_sound",
         "_summed_up",
+        "_tail",
+        "_texts",
+        "_to",
         "_told",
         "begun",
         "cause",
@@ -118,16 +122,16 @@ class Kept:
         self._limit = limit
         self._rules = rules
         self._memory = memory
-        self._held = size + BATCH
+        self._held = size + ASIDE
         """Bytes that are counted in ``memory``."""
         memory.used += self._held
-        self._batch: list[bytes] = []
-        self._batched = 0
+        self._texts: list[bytes] = []
         self._body: list[bytes] = []
         """The text, in pieces of the inside of a JSON string."""
         self._size = 0
-        self._frame: tuple[bytes, bytes] | None = None
-        """What stands before and after the text of every chunk."""
+        self._head = self._tail = b""
+        """What stood before and after the text of the last chunk that was taken apart."""
+        self._from = self._to = 0
         self._named: _Named | None = None
         self._finish: str | None = None
         self._summed_up = False
@@ -160,60 +164,60 @@ class Kept:
         if self.moves:
             out = self._rewrite(out)
         if self.why is None:
-            self._batch.append(out)
-            self._batched += len(out)
-            if self._batched >= BATCH:
-                self._fold()
+            head = self._head
+            if head and out.startswith(head) and out.endswith(self._tail):
+                # At a real pace: one chunk, like the last one. Without a quote nothing but text is in it.
+                text = out[self._from : self._to]
+                if text and b'"' not in text:
+                    self._texts.append(text)
+                    if len(self._texts) >= BATCH:
+                        self._fold()
+                    return out
+            self._look(out)
         return out
 
-    def _fold(self) -> None:
-        """Take the text out of what was put aside."""
-        block = b"".join(self._batch)
-        self._batch.clear()
-        self._batched = 0
-        if not self._alike(block):
-            for event in block.split(b"\n\n"):
-                if event and self.why is None:
+    def _look(self, out: bytes) -> None:
+        """Take several events, or one that is not like the last."""
+        for event in out.split(b"\n\n"):
+            if event and self.why is None:
+                text = self._alike(event)
+                if text:
+                    self._texts.append(text)
+                else:
+                    self._fold()
                     self._read(event)
-        if self._size > self._rules.max_bytes:
-            self.give_up(Reason.BYTES)
-        elif self._memory.used > self._rules.total_bytes:
-            self.give_up(Reason.MEMORY)
+        if self.why is None:
+            self._fold()
 
-    def _alike(self, block: bytes) -> bool:
-        """Take the text of chunks that differ in nothing else; False where they do, and then nothing is taken."""
-        if self._frame is None:
-            return False
-        head, tail = self._frame
-        if not block.startswith(head) or not block.endswith(tail) or len(block) < len(head) + len(tail):
-            return False
-        inner, seam = block[len(head) : -len(tail)], tail + head
-        count = block.count(b"\n\n")
-        text = inner.replace(seam, b"")
-        if len(inner) - len(text) != (count - 1) * len(seam):
-            return False
+    def _alike(self, event: bytes) -> bytes:
+        """Return the text of a chunk that differs from the last one in nothing else, nothing where it does."""
+        head, tail = self._head, self._tail[:-2]
+        if not head or not event.startswith(head) or not event.endswith(tail):
+            return b""
+        text = event[len(head) : len(event) - len(tail)]
         try:
-            # A quote that ends the string early would be the end of another chunk than those known.
-            _decode_text(b'"%b"' % text)
+            # A quote that ends the string early would be that of another chunk than those known.
+            return text if _decode_text(b'"%b"' % text) else b""
         except _UNREADABLE:
-            return False
-        empty = 0
-        while empty < count and inner.endswith(seam):
-            inner = inner[: -len(seam)]
-            empty += 1
-        if text:
-            self._chunks += self._pending + count - empty
-            self._pending = empty
-            self._add(text)
-        else:
-            self._pending += count
-        return True
+            return b""
+
+    def _fold(self) -> None:
+        """Make one text of those that were put aside."""
+        if self._texts:
+            self._chunks += self._pending + len(self._texts)
+            self._pending = 0
+            self._add(b"".join(self._texts))
+            self._texts.clear()
 
     def _add(self, text: bytes) -> None:
         self._body.append(text)
         self._size += len(text)
         self._held += len(text)
         self._memory.used += len(text)
+        if self._size > self._rules.max_bytes:
+            self.give_up(Reason.BYTES)
+        elif self._memory.used > self._rules.total_bytes:
+            self.give_up(Reason.MEMORY)
 
     def _read(self, event: bytes) -> None:
         """Take what one event says."""
@@ -246,9 +250,8 @@ class Kept:
         elif raw == b'""':
             self._pending += 1
         else:
-            self._chunks += self._pending + 1
-            self._pending = 0
-            self._add(raw[1:-1])
+            self._texts.append(raw[1:-1])
+            self._fold()
             if choice.finish_reason is None:
                 self._learn(event, raw, name)
 
@@ -258,7 +261,8 @@ class Kept:
             needle = spelling % name.encode() + raw
             if event.count(needle) == 1:
                 at = event.find(needle) + len(needle) - len(raw)
-                self._frame = (event[: at + 1], event[at + len(raw) - 1 :] + b"\n\n")
+                self._head, self._tail = event[: at + 1], event[at + len(raw) - 1 :] + b"\n\n"
+                self._from, self._to = len(self._head), -len(self._tail)
                 return
 
     def give_up(self, why: Reason) -> None:
@@ -270,8 +274,8 @@ class Kept:
     def drop(self) -> None:
         """Let go of everything that was kept."""
         self._memory.used -= self._held
-        self._held = self._size = self._batched = 0
-        self._batch.clear()
+        self._held = self._size = 0
+        self._texts.clear()
         self._body.clear()
         self._fields.clear()
         self.begun = ""
@@ -372,7 +376,7 @@ class Kept:
 
     def so_far(self) -> Usage | None:
         """Return the usage of the parts that broke off, where engines told it and nothing came since."""
-        known = self._told and self._prompt is not None and not self._chunks and not self._batch
+        known = self._told and self._prompt is not None and not self._chunks and not self._texts
         return Usage(self._prompt, self._carried) if known else None
 
     def _rewrite(self, out: bytes) -> bytes:
@@ -474,7 +478,7 @@ def keep(route: Route, fields: Fields, size: int, rules: ResumeRules, memory: Me
     if not route.resumed:
         return Reason.DIALECT
     why = hindrance(fields, chat=route.resumed == "content")
-    if why is None and memory.used + size + BATCH > rules.total_bytes:
+    if why is None and memory.used + size + ASIDE > rules.total_bytes:
         why = Reason.MEMORY
     if why is not None:
         return why

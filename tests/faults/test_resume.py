@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from gateway.limits import LimitSet
 from gateway.settings import KeySettings, Stream, StreamResume
+from gateway.values import MIB
 from tests.conftest import Connect
 from tests.support.client import Response
 from tests.support.gateway import AUTH, CHAT, KEY, MODEL, Gateway, StartGateway, chat, relayed, serving, until
@@ -439,6 +440,38 @@ async def test_who_leaves_while_it_waits_is_gone(start_gateway: StartGateway, th
     assert gateway.replica.admission.kept.used == 0
     text = await scraped(gateway)
     assert metric(text, "forebay_streams_resumed_total", cause="broken", outcome="client_gone") == 1
+
+
+async def test_a_slow_reader_has_the_beginning_first(
+    start_gateway: StartGateway, three: Engines, connect: Connect
+) -> None:
+    """What it has not taken is not overtaken: the next engine is asked once it has caught up."""
+    _, first, second, _ = three
+    resume = StreamResume(max_bytes=64 * MIB)
+    gateway = await start_gateway(serving(first), serving(second), stream=Stream(resume=resume))
+    word = "x" * 50_000
+    start = {"id": "1", "created": 1, "model": "smollm2"}
+
+    def said(text: str, finish: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+        return b"data: " + json.dumps({**start, "choices": [choice]}).encode() + b"\n\n"
+
+    first.queue(event_stream([said(word)] * 400), path=CHAT)
+    second.queue(event_stream([said(" end", "stop"), DONE]), path=CHAT)
+    client = await connect(gateway.url, receive_buffer=4096)
+    client.post(CHAT, chat(stream=True), AUTH)
+    await client.head()
+    client.stop_reading()
+    await gateway.paused()
+    one, other = gateway.replica.pool.endpoints
+    one.connections.cut("the test wants it")
+    assert (one.in_flight, other.in_flight) == (0, 0)
+    client.read_on()
+    text = [json.loads(event[6:])["choices"][0]["delta"]["content"] for event in (await client.events())[:-1]]
+    assert text[-1] == " end"
+    assert set(text[:-1]) == {word}
+    assert relayed(second)[0].json()["messages"][-1]["content"] == "".join(text[:-1])
+    await gateway.idle()
 
 
 async def test_an_endpoint_is_emptied_at_once(start_gateway: StartGateway, three: Engines, connect: Connect) -> None:

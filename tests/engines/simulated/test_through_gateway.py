@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import httpx
 
 from engines.simulation.speech import read_identity
-from gateway.settings import Upstream
+from gateway.settings import Stream, StreamResume, Upstream
 from tests.engines.simulated.conftest import RunningEngine, Start, make_adapter
 from tests.support.client import RawClient
 from tests.support.gateway import AUTH, CHAT, StartGateway, give_database, until
@@ -60,6 +61,45 @@ async def test_an_engine_that_breaks_ends_the_stream_with_an_error(start: Start,
     stream = (await gateway.ask({**ASK, "stream": True})).body.decode()
     assert stream.count('"content":"') == 4
     assert '"error":' in stream
+
+
+async def test_streams_outlive_engines_that_break(start: Start, start_gateway: StartGateway) -> None:
+    """Eight engines, each of which cuts off four streams: every client gets the text that an engine tells undisturbed,
+    and the usage of one answer."""
+    engines = [await start("--faults") for _ in range(8)]
+    gateway = await start_gateway(
+        *(upstream(engine) for engine in engines), stream=Stream(resume=StreamResume(attempts=7))
+    )
+    bodies = [
+        {
+            **ASK,
+            "messages": [{"role": "user", "content": f"Tell me story {number}"}],
+            "max_tokens": 40 + number,
+            "ignore_eos": number % 2 == 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        for number in range(24)
+    ]
+    whole = [told((await gateway.ask(body)).body) for body in bodies]
+    for place, engine in enumerate(engines):
+        fault = {"kind": ("close", "reset")[place % 2], "after_tokens": 3 + place, "count": 4}
+        await engine.client.post("/faults", json=fault)
+    broken = [told(answer.body) for answer in await asyncio.gather(*(gateway.ask(body) for body in bodies))]
+    assert broken == whole
+    assert [fault["hits"] for engine in engines for fault in (await engine.client.get("/faults")).json()] == [4] * 8
+    lines = gateway.lines("request")[24:]
+    assert sum(line.get("resumed", 0) for line in lines) == 4 * 8
+    assert {line["outcome"] for line in lines} == {"ok"}
+
+
+def told(stream: bytes) -> tuple[str, list[str], dict[str, int]]:
+    """Return the text of a stream, how it ended, and its usage without what was cached."""
+    chunks = [json.loads(line[6:]) for line in stream.decode().splitlines() if line.startswith("data: {")]
+    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    usage = {name: count for name, count in chunks[-1]["usage"].items() if name.endswith("_tokens")}
+    text = "".join(choice["delta"].get("content", "") for choice in choices)
+    return text, [choice["finish_reason"] for choice in choices if choice["finish_reason"]], usage
 
 
 async def test_an_adapter_is_a_model_of_its_own(start: Start, start_gateway: StartGateway, tmp_path: Path) -> None:
