@@ -14,6 +14,8 @@ import pytest
 from pydantic import SecretStr
 
 from gateway.limits import LimitSet
+from gateway.report import explain_in_text
+from gateway.serving.explain import explanation, row_of
 from gateway.settings import KeySettings, Stream, StreamResume
 from gateway.values import MIB
 from tests.conftest import Connect
@@ -509,3 +511,8 @@ async def test_it_can_be_explained(three: Engines) -> None:
     first_attempt, second_attempt = ticket.tried
     assert (first_attempt.cause, first_attempt.events, first_attempt.resumes) == ("broken", 4, False)
     assert (second_attempt.cause, second_attempt.resumes) == ("", True)
+    shown = explain_in_text(explanation(row_of(ticket, ticket.ended), "memory"))
+    attempts = [line for line in shown.splitlines() if line.strip().startswith("attempt")]
+    assert ": ended (broken) after " in attempts[0]
+    assert attempts[0].endswith(", 4 events until then")
+    assert ": went on with the stream, ok after " in attempts[1]
