@@ -67,6 +67,10 @@ load: $(STAMP) ## Clients that leave at every stage; replicas on one store of li
 	@CLIENTS=10000 $(BIN)/python -m pytest -s tests/engines/simulated/test_accounts.py
 	@$(BIN)/python -m pytest -s -m load
 
+.PHONY: soak
+soak: $(STAMP) ## Five minutes of everything at once: gateways, stores and two real engines, killed and stopped under load
+	@$(BIN)/python -m loadtests.soak.run $(ARGS)
+
 .PHONY: docs
 docs: $(STAMP) ## Write the tables of docs/engines.md anew from what the engines declare
 	@$(BIN)/forebay engines table --write docs/engines.md

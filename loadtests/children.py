@@ -120,9 +120,9 @@ def get(port: int, path: str) -> bytes:
     return body
 
 
-def wait_ready(child: Child, path: str) -> None:
+def wait_ready(child: Child, path: str, patience: float = _PATIENCE) -> None:
     """Return when it answers. FleetError with the end of what it said when it does not."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline and child.alive():
         with contextlib.suppress(OSError, FleetError):
             get(child.port, path)
