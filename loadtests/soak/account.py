@@ -24,7 +24,7 @@ from gateway.serving.explain import Detail
 from gateway.state.database import open_database, usage_table
 from loadtests.soak.clients import Asked, End
 from loadtests.soak.faults import Happened
-from loadtests.soak.plan import most_tokens
+from loadtests.soak.plan import DRAIN, most_tokens
 
 UNWRITTEN = 0.5
 """Seconds before a gateway is killed of which its ledger's rows may be lost: it writes ten times a second, and waits
@@ -161,7 +161,10 @@ def _never_taken(seen: Seen, asked: Asked) -> bool:
 
 
 def _in_trouble(seen: Seen, asked: Asked) -> bool:
-    """Whether something was away while a request ran, or shortly before."""
+    """Whether something was away while a request ran, or shortly before, or its gateway had to end before it did."""
+    left = seen.left.get(asked.replica)
+    if left is not None and asked.ended >= left + DRAIN:
+        return True
     return any(
         one.began <= asked.ended and asked.began <= one.ended + TROUBLED
         for one in seen.happened

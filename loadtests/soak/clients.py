@@ -19,7 +19,7 @@ from loadtests.children import Child
 from loadtests.limits.traffic import Line
 from loadtests.soak.plan import KEYS_EACH, Crowd, key_of
 
-HUNG = 90.0
+HUNG = 180.0
 """Seconds after which a request counts as hung. A real engine on a busy processor takes its time."""
 _RETRY = 0.1
 _READ_LIMIT = 1 << 20

@@ -18,7 +18,7 @@ import psutil
 import yaml
 
 from loadtests.children import Child, FleetError, kill_all, start, start_engine, start_gateway, wait_ready
-from loadtests.soak.plan import KEYS_EACH, REAL, SIMULATED, TENANTS, Plan, key_of, limits
+from loadtests.soak.plan import DRAIN, KEYS_EACH, REAL, SIMULATED, TENANTS, Plan, key_of, limits
 from tests.store.servers import Server as Redis
 from tests.support import postgresql
 from tests.support.postgresql import Server as Postgresql
@@ -59,6 +59,11 @@ class Fleet:
         self.replicas.append(child)
         return child
 
+    def all_back(self) -> None:
+        """Return when every engine answers, those that were killed too. FleetError when one does not."""
+        for engine in self.engines.values():
+            wait_ready(engine, "/health", ENGINE_WITHIN)
+
     def living(self) -> list[int]:
         """Which replicas a balancer would send to."""
         return [
@@ -95,7 +100,7 @@ def configuration(fleet: Fleet) -> str:
             for number in range(KEYS_EACH)
         ],
         "upstreams": upstreams,
-        "shutdown": {"announce": 0, "drain": 5},
+        "shutdown": {"announce": 0, "drain": DRAIN},
         "data_dir": str(fleet.folder / "data"),
         "limits": limits()
         | {

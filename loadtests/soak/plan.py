@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+DRAIN = 20.0
+"""Seconds that a gateway which is told to end gives to what is under way."""
 REAL = ("real-a", "real-b")
 """Upstreams that are real engines; both serve the same model."""
 SIMULATED = "pretended"

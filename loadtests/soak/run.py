@@ -115,6 +115,7 @@ def run(plan: Plan, say: Say, timeline: Sequence[Event] = TIMELINE) -> Report:
         with Looks(fleet) as looks:
             clients, happened = asyncio.run(_load(fleet, timeline, say))
             say(f"  {len(clients.asked):,} requests; waiting until nothing is held")
+            fleet.all_back()
             holds = _until_idle(fleet)
         looks.once()
         after = _memory(fleet)

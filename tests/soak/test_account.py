@@ -9,7 +9,7 @@ import pytest
 from loadtests.soak.account import Look, Report, Row, Seen, counted, lines, report_of
 from loadtests.soak.clients import Asked, End, ended, usage_of
 from loadtests.soak.faults import STEPS, Happened
-from loadtests.soak.plan import SIMULATED, TENANTS, TIMELINE, most_tokens
+from loadtests.soak.plan import DRAIN, SIMULATED, TENANTS, TIMELINE, most_tokens
 
 MODEL = SIMULATED
 
@@ -69,6 +69,9 @@ def test_a_failure_needs_a_reason() -> None:
     # To be told to end is no reason to fail anybody.
     stopped = Happened("stop_replica", 95.0, 96.0)
     assert report_of(seen(clients, rows, happened=[stopped])).problems
+    # But whoever has not ended when the time is over that it gives them has to be told so.
+    assert not report_of(seen(clients, rows, left={0: 101.0 - DRAIN})).problems
+    assert report_of(seen(clients, rows, left={0: 101.1 - DRAIN})).problems
 
 
 def test_a_row_lacks_only_where_a_killed_gateway_had_no_time_to_write_it() -> None:
