@@ -2,8 +2,9 @@
 
 No engine is asked: the time to the first token and between tokens, as the gateway itself sees them, against what they
 are to be. A window of observations decides one step. Too slow: less, but only after the last step has taken effect.
-Fast enough, and the limit was what kept it from more: more. The limit is a value, a step returns the next one; times
-in seconds.
+Fast enough, and the limit was what kept it from more: more. The further from the target, the longer the step: a long
+one near it lets in so many at once that they make each other slow, and then nobody until as many have ended. The limit
+is a value, a step returns the next one; times in seconds.
 
 What an engine says of itself (how full its KV cache is, how many wait in it) corrects the limit while it is fresh, and
 is not missed when it is not there.
@@ -12,11 +13,10 @@ is not missed when it is not there.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 LEAST_SPEED = 2000.0
 """Tokens of a prompt a second that an engine is taken to read by itself at least, however slow it was seen to be."""
-EASY = 0.8
-"""Below so much of a target there is room for more than one at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class Targets:
 @dataclass(frozen=True, slots=True)
 class ConcurrencyRules:
     """The limit stays between ``least`` and ``most`` sequences and begins with ``start``; ``window``: seconds that a
-    step looks at, and ``samples`` that it needs; ``back``: what is left of a limit under which it was too slow."""
+    step looks at, and ``samples`` that it needs; ``back``: what is left of a limit under which it was twice as slow as
+    wanted or worse; ``growth``: the part of it that is added where it was no time at all."""
 
     targets: Targets = Targets()
     start: int = 16
@@ -67,6 +68,8 @@ class Limit:
     """When the window is over that the next step looks at."""
     told: float = 0.0
     """When the engine said what bounds the tokens."""
+    settled: float = inf
+    """Sequences in flight at which the last step down has taken effect; more than the limit where it was stretched."""
 
     def room(self, in_flight: int, tokens: int, more: int) -> bool:
         """Tell whether one more of so many tokens may be sent. One alone always may."""
@@ -75,6 +78,16 @@ class Limit:
         if in_flight + 1 > self.sequences:
             return False
         return self.tokens is None or tokens + more <= self.tokens
+
+
+STRETCH = 0.25
+"""By what part a learnt limit may be exceeded for whoever's beginning an engine holds."""
+
+
+def stretched(limit: Limit, in_flight: int, rules: ConcurrencyRules) -> bool:
+    """Tell whether a request may be sent beyond what was learnt, since what it needs most is there: it costs the engine
+    little, and anywhere else all of it would be read. What the rules allow at most is never exceeded."""
+    return in_flight + 1 <= min(float(rules.most), limit.sequences * (1.0 + STRETCH))
 
 
 class Window:
@@ -156,16 +169,20 @@ def step(limit: Limit, seen: Window, in_flight: int, now: float, rules: Concurre
     slow = pressure(seen, rules)
     if slow is None:
         return limit
-    sequences = limit.sequences
+    sequences, settled = limit.sequences, limit.settled
     if slow > 1.0:
         # What was sent under the limit before is still there: it is waited for, or the limit would fall for one fault
         # as often as windows go by.
         # And with as few as it always may have it was not their number that made it slow.
-        if in_flight <= sequences and seen.peak > rules.least:
-            sequences = max(rules.least, min(sequences, seen.peak) * rules.back)
-    elif seen.peak + 1 > sequences:
-        sequences += max(1.0, sequences * rules.growth) if slow < EASY else 1.0
-    return bounded(replace(limit, sequences=sequences, until=now + rules.window), rules)
+        if in_flight <= max(sequences, settled) and seen.peak > rules.least:
+            left = 1.0 - (1.0 - rules.back) * min(1.0, slow - 1.0)
+            sequences = max(rules.least, min(sequences, seen.peak) * left)
+            settled = in_flight * left
+    else:
+        settled = inf
+        if seen.peak + 1 > sequences:
+            sequences += max(1.0, sequences * rules.growth * (1.0 - slow))
+    return bounded(replace(limit, sequences=sequences, settled=settled, until=now + rules.window), rules)
 
 
 def bounded(limit: Limit, rules: ConcurrencyRules) -> Limit:

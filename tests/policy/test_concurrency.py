@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from gateway.policy.concurrency import (
     hear,
     p95,
     step,
+    stretched,
     without_old_word,
 )
 
@@ -67,6 +69,22 @@ def test_it_settles_where_the_engine_keeps_to_the_target() -> None:
     assert max(seen[-40:]) <= 84
 
 
+def test_steps_are_short_near_the_target() -> None:
+    """A long one would let in a burst that makes itself slow, and then nobody until as many have ended."""
+    sizes = [
+        step(Limit(100.0), window(0.05 * slow, 100), 100, 1.0, RULES).sequences for slow in (0.5, 0.9, 1.1, 2.0, 9.0)
+    ]
+    assert sizes == [pytest.approx(one) for one in (105.0, 101.0, 98.5, 85.0, 85.0)]
+
+
+def test_a_stretched_limit_falls_once_for_one_fault_too() -> None:
+    """What an engine was given beyond its limit keeps it from falling no more than what was within it."""
+    limit = step(Limit(100.0), window(0.2, 120), 120, 1.0, RULES)
+    assert limit.sequences == 85
+    assert step(limit, window(0.2, 120), 110, 3.0, RULES).sequences == 85
+    assert step(limit, window(0.2, 120), 102, 3.0, RULES).sequences < 85
+
+
 def test_one_fault_counts_once() -> None:
     """While what was sent before is still there, the limit does not fall a second time for it."""
     limit = step(Limit(100.0), window(0.2, 100), 100, 1.0, RULES)
@@ -79,7 +97,7 @@ def test_one_fault_counts_once() -> None:
 def test_it_does_not_grow_while_it_is_not_used() -> None:
     """What was not tried is not known to go well."""
     assert step(Limit(50.0), window(0.01, 20), 20, 1.0, RULES).sequences == 50
-    assert step(Limit(50.0), window(0.01, 50), 20, 1.0, RULES).sequences == 55
+    assert step(Limit(50.0), window(0.01, 50), 20, 1.0, RULES).sequences == 54
     assert step(Limit(50.0), window(0.045, 50), 20, 1.0, RULES).sequences == 51
 
 
@@ -186,3 +204,19 @@ def test_what_is_kept_of_many_gaps_is_spread_over_the_window(steps: int, streams
     window.clear(3)
     window.gap(0.01)
     assert window.gaps == [0.01]
+
+
+@given(
+    sequences=st.floats(1, 300),
+    most=st.integers(1, 300),
+    in_flight=st.integers(0, 400),
+)
+def test_a_limit_is_stretched_by_a_part_and_never_beyond_the_most(sequences: float, most: int, in_flight: int) -> None:
+    rules = ConcurrencyRules(most=most)
+    limit = Limit(min(sequences, float(most)))
+    if limit.room(in_flight, 0, 1) and in_flight:
+        assert stretched(limit, in_flight, rules), "who has room is stretched for no one"
+    if stretched(limit, in_flight, rules):
+        assert in_flight + 1 <= most
+        assert in_flight + 1 <= limit.sequences * 1.25
+    assert not stretched(limit, most, rules)
