@@ -5,6 +5,8 @@ first token: the prompts to be read before this one, what of this one is not cac
 speaks against an endpoint (``scorers.Weights``).
 
 Rule 1: only an endpoint that is available, not tried and has room is chosen; one is always found while there is one.
+        Whoever holds half of the prompt may be stretched beyond its room, where the shell says how far: under overload
+        only the engine that has just become free has room, and prompts would be read where nobody knows them.
 Rule 2: one that is not trusted is chosen only when no other is left: a bad engine is better than a sure refusal, so
         ejecting every endpoint ejects none.
 Rule 3: at most ``MOST_SCORED`` are looked at closely, however many there are.
@@ -30,6 +32,8 @@ LEAST_SHARE = 0.1
 MOST_SCORED = 8
 HOLDERS = 3
 """Of a prompt's beginning, at most so many are proposed."""
+HELD = 0.5
+"""The part of a prompt that an endpoint must hold to be stretched for it."""
 ADAPTER_HOLDERS = 2
 AT_RANDOM = 4
 """So many are proposed whatever they hold, two at least: more than two choices still shorten the tail."""
@@ -218,8 +222,16 @@ class Choice(msgspec.Struct, Generic[K], gc=False):
 class Router(Generic[K]):
     """Chooses endpoints, and remembers what each was given. One owner."""
 
-    def __init__(self, weights: Weights | None = None, index: PrefixIndex | None = None) -> None:
+    def __init__(
+        self,
+        weights: Weights | None = None,
+        index: PrefixIndex | None = None,
+        stretches: Callable[[K, int], bool] | None = None,
+    ) -> None:
+        """``stretches`` tells whether an endpoint without room may still be given one more request, of so many tokens,
+        whose beginning it holds; None: none may."""
         self.weights = weights or Weights()
+        self._stretches = stretches
         self._index = PrefixIndex() if index is None else index
         # Adapter → who was given requests for it, the last one first.
         self._adapters: dict[str, list[str]] = {}
@@ -258,6 +270,9 @@ class Router(Generic[K]):
         if len(able) <= MOST_SCORED:
             for endpoint in able:
                 field.offer(endpoint)
+            if job.blocks and self._stretches is not None and len(field.good) < len(able):
+                full = [one for one in able if one not in field.good]
+                self._stretch(job, self._index.matched((one.name for one in full), job.blocks), full, field)
             if job.session:
                 home = next((one for one in self._at(able).homes(job.session) if one in field.good), None)
         else:
@@ -307,6 +322,8 @@ class Router(Generic[K]):
         if job.blocks:
             held = dict(self._index.holders(job.blocks, draw(_LARGE), HOLDERS))
             field.offer_named(held, by_name)
+            if self._stretches is not None and len(field.good) < len(held):
+                self._stretch(job, held, [by_name[name] for name in held if name in by_name], field)
         if job.adapter is not None:
             field.offer_named(self._adapters.get(job.adapter, ()), by_name)
         count = len(able)
@@ -321,6 +338,22 @@ class Router(Generic[K]):
                 if field.offer(able[at]) and len(field.good) == AT_RANDOM:
                     break
         return held
+
+    def _stretch(self, job: Job, held: Mapping[str, int], full: Iterable[K], field: _Field[K]) -> None:
+        """Add those that hold enough of the prompt to be given it beyond their room."""
+        stretches = self._stretches
+        assert stretches is not None
+        enough = HELD * len(job.blocks)
+        for endpoint in full:
+            if (
+                held.get(endpoint.name, 0) >= enough
+                and endpoint not in field.good
+                and endpoint.available
+                and endpoint not in field.tried
+                and endpoint.trusted(field.now)
+                and stretches(endpoint, field.tokens)
+            ):
+                field.good.append(endpoint)
 
     def _weighed(
         self,

@@ -399,3 +399,31 @@ def test_the_only_one_with_room_is_not_looked_for_when_it_is_known() -> None:
     choice = Router[Place]().choose(Job(100, 100), able, (), Random(1).randrange, NOW, near=able[500])
     assert choice is not None and choice.endpoint is able[500]
     assert len(looked) < 20
+
+
+@given(number=st.sampled_from([2, 8, 30]), depth=st.integers(0, 4), seed=st.integers(0, 9), data=st.data())
+def test_one_without_room_is_stretched_only_for_who_finds_half_of_his_prompt_there(
+    number: int, depth: int, seed: int, data: st.DataObject
+) -> None:
+    """As far as the shell says; never one that is away, not trusted or tried."""
+    router: Router[Place] = Router(stretches=lambda place, tokens: place.in_flight < 5 and tokens == 110)
+    able = places(number)
+    blocks = prompt("a")[:4]
+    holder = data.draw(st.sampled_from(able))
+    router.sent(Job(100, 10, blocks[:depth]), holder)
+    holder.most, holder.in_flight = 4, data.draw(st.integers(4, 6))
+    holder.good = data.draw(st.booleans())
+    tried = data.draw(st.sampled_from([(), (holder,)]))
+    others_full = data.draw(st.booleans())
+    for place in able:
+        if others_full and place is not holder:
+            place.available = False
+    choice = router.choose(Job(100, 10, blocks), able, tried, Random(seed).randrange, NOW)
+    may = depth >= 2 and holder.in_flight < 5 and holder.good and not tried
+    if others_full:
+        assert (choice is not None and choice.endpoint is holder) == may
+    else:
+        assert choice is not None
+        assert choice.endpoint is not holder or may
+    if choice is not None and choice.endpoint is holder:
+        assert choice.matched == depth
