@@ -71,6 +71,10 @@ load: $(STAMP) ## Clients that leave at every stage; replicas on one store of li
 soak: $(STAMP) ## Five minutes of everything at once: gateways, stores and two real engines, killed and stopped under load
 	@$(BIN)/python -m loadtests.soak.run $(ARGS)
 
+.PHONY: simulation
+simulation: $(STAMP) ## Compare policies in simulation, for a minute; ARGS="systems routers" runs whole tables, ARGS=--help says which
+	@$(BIN)/python -m loadtests.simulation.run $(ARGS)
+
 .PHONY: docs
 docs: $(STAMP) ## Write the tables of docs/engines.md anew from what the engines declare
 	@$(BIN)/forebay engines table --write docs/engines.md
