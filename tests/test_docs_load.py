@@ -11,6 +11,7 @@ import pytest
 
 from loadtests.scenarios import options, run
 from loadtests.scenarios.schema import find
+from loadtests.soak import run as soak
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "load.md").read_text()
@@ -48,6 +49,10 @@ def test_a_command_is_one(words: list[str], capsys: pytest.CaptureFixture[str], 
             assert find(run.parser().parse_args(rest).scenario)
         case ["python", "-m", "loadtests.scenarios.report", *folders]:
             assert len(folders) == 2
+        case ["python", "-m", "loadtests.soak.run", *rest]:
+            with pytest.raises(SystemExit, match="0"):
+                soak.main(rest)
+            assert "--without-real" in capsys.readouterr().out
         case ["locust", *rest]:
             told = locust().parse_args(rest)
             assert (DOCS.parent / told.f).is_file()

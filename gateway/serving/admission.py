@@ -107,7 +107,7 @@ class Admission:
         self._place: Endpoint | None = None
         """Whose turns are given out now."""
         self._draw = draw
-        self.router: Router[Endpoint] = Router()
+        self.router: Router[Endpoint] = Router(stretches=Endpoint.stretches)
         self._retries = fresh(rules.retries, clock())
         self._requests = 0
         self.kept = Memory()

@@ -149,6 +149,14 @@ class Endpoint:
         """Whether it has capacity for one more request of so many tokens."""
         return self.in_flight < self.share and self.limit.room(self.in_flight, self.tokens, tokens)
 
+    def stretches(self, tokens: int) -> bool:
+        """Whether it may be given one more request of so many tokens beyond what was learnt, since it holds the
+        request's beginning; never beyond what it may have at most, nor beyond this gateway's part of that."""
+        limit = self.limit
+        if limit.tokens is not None and self.tokens + tokens > limit.tokens:
+            return False
+        return self.in_flight < self.share and concurrency.stretched(limit, self.in_flight, self.gives)
+
     @property
     def most(self) -> int:
         """Requests it is given at once: what this gateway does not need now it may have when it does."""

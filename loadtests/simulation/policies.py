@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import cast
 
-from gateway.policy.concurrency import stretched
 from gateway.policy.routing import Router
 from gateway.policy.scorers import Weights
 from loadtests.simulation.admissions.forebay import Told
@@ -21,14 +20,7 @@ OURS = "forebay"
 
 def forebay_router(weights: Weights | None = None) -> Routes:
     """Return the gateway's own router."""
-    return cast(Routes, Router(weights, stretches=stretches))
-
-
-def stretches(endpoint: SimulatedEndpoint, tokens: int) -> bool:
-    """Tell whether an endpoint may be given more than was learnt, up to what it may be given at most."""
-    if endpoint.limit.tokens is not None and endpoint.tokens + tokens > endpoint.limit.tokens:
-        return False
-    return endpoint.in_flight < endpoint.share and stretched(endpoint.limit, endpoint.in_flight, endpoint.gives)
+    return cast(Routes, Router(weights, stretches=SimulatedEndpoint.stretches))
 
 
 ROUTERS: Mapping[str, Callable[[], Routes]] = {

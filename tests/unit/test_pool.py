@@ -11,6 +11,7 @@ import pytest
 from adapters.catalogue import Catalogue, Model
 from engines.protocol import plain_target
 from engines.vllm import Vllm
+from gateway.policy.concurrency import ConcurrencyRules, Targets
 from gateway.serving.pool import EndpointSpec, Pool
 from gateway.serving.upstream import Address, parse_address
 from tests.support.table import each
@@ -192,3 +193,19 @@ def test_without_a_key_none_is_sent() -> None:
 def test_the_engines_own_names_are_json() -> None:
     (endpoint,) = pool_of(spec("a", 'quo"te')).endpoints
     assert bytes(endpoint.models['quo"te'].model) == b'"own quo\\"te"'
+
+
+def test_an_engine_is_stretched_for_whose_beginning_it_holds_and_never_beyond_what_it_may_have() -> None:
+    pool = pool_of(spec("a", "m", max_running=9))
+    (endpoint,) = pool.endpoints
+    pool.give_at_most(ConcurrencyRules(targets=Targets(ttft=1.0), start=8))
+    for _ in range(8):
+        endpoint.take(1, 10)
+    assert not endpoint.room(10)
+    assert endpoint.stretches(10)
+    endpoint.take(1, 10)
+    assert not endpoint.stretches(10), "a quarter of eight would be ten, and nine is all it may have"
+    endpoint.give_back(1, 10)
+    endpoint.limit = replace(endpoint.limit, tokens=85.0)
+    assert not endpoint.stretches(10)
+    assert endpoint.stretches(5)
