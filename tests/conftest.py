@@ -6,9 +6,10 @@ import asyncio
 import gc
 import os
 import re
+import signal
 from bisect import bisect
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from itertools import accumulate, count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,13 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.support.examples import draw_the_same
 
         draw_the_same()
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def _interrupted(number: int, _: object) -> None:
+    """Do what Python does by default. In the place of that default asyncio would put a handler of its own, and take it
+    away again, for every step of every fixture."""
+    signal.default_int_handler(number, None)
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, LoopFactory]:
@@ -123,8 +131,9 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgresql]
     from tests.support.postgresql import running
 
     base = tmp_path_factory.getbasetemp()
-    with running(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) as server:
-        yield Postgresql(server)
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with running(shared) as server, closing(Postgresql(server)) as database:
+        yield database
 
 
 @pytest.fixture

@@ -256,8 +256,9 @@ async def test_a_client_that_takes_its_time_is_waited_for(
     timed: Gateway, upstream: ScriptedUpstream, connect: Connect
 ) -> None:
     """Reading on in time, it gets everything, and the engine's own time starts anew."""
+    timed.hold_little()
     pad = b'data: {"pad":"%b"}\n\n' % (b"x" * 60_000)
-    upstream.queue(event_stream([*[pad] * 300, DONE]), path=CHAT)
+    upstream.queue(event_stream([*[pad] * 50, DONE]), path=CHAT)
     client = await connect(timed.url, receive_buffer=4096)
     client.post(CHAT, chat(stream=True), AUTH)
     await client.head()

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import psycopg
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
 
 from gateway.state.database import current_revision, metadata, open_database, upgrade
 from tests.support.gateway import give_database
@@ -57,6 +57,7 @@ class Postgresql:
     def __init__(self, server: Server) -> None:
         self.server = server
         self._is_current = False
+        self._kept: psycopg.Connection | None = None
 
     @property
     def url(self) -> str:
@@ -79,14 +80,24 @@ class Postgresql:
             try:
                 self._delete_all()
                 return
-            except DBAPIError:
+            except psycopg.Error:
+                self.close()
                 self.server.empty()
         upgrade(self.url)
         self._is_current = True
 
+    def close(self) -> None:
+        """Give up the connection that is kept."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
     def _delete_all(self) -> None:
+        # One connection for all tests: for each the server starts a process.
+        if self._kept is None:
+            self._kept = psycopg.connect(self.url, autocommit=True)
         deletes = [f"DELETE FROM {name}" for name in metadata.tables if name != "state_version"]
-        execute(self, "; ".join([*deletes, "UPDATE state_version SET version = 1"]))
+        self._kept.execute("; ".join([*deletes, "UPDATE state_version SET version = 1"]).encode())
 
 
 @contextmanager

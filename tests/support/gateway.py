@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import cache
@@ -124,6 +125,11 @@ class Gateway:
         """Wait until the log has that many lines of an event and return the one asked for."""
         await until(lambda: len(self.lines(event)) > index, f"no line {index} of {event!r}")
         return self.lines(event)[index]
+
+    def hold_little(self) -> None:
+        """Have the kernel take little that the clients do not read: of connections opened from now on."""
+        for listener in self.replica.listeners:
+            listener._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
 
     async def paused(self) -> None:
         """Wait until a client takes so little that the engine's stream is no longer read for it."""
