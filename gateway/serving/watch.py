@@ -164,8 +164,8 @@ def client_for(spec: EndpointSpec) -> httpx.AsyncClient:
 
 @cache
 def _no_tls() -> ssl.SSLContext:
-    """What httpx wants for every client, also for one that speaks plain HTTP: to make one takes ten times as long as the
-    client itself. It trusts nobody."""
+    """What httpx wants for every client, also for one that speaks plain HTTP: to make one takes ten times as long as
+    the client itself. It trusts nobody."""
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
