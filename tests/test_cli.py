@@ -295,8 +295,19 @@ class Command:
 
     def left(self) -> list[psutil.Process]:
         """Return which of its processes outlive it for longer than an orphan may."""
-        _, alive = psutil.wait_procs(self.family, timeout=PATIENCE)
-        return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        until = time.monotonic() + PATIENCE
+        # One that is dead is gone, even if nobody asks for its exit code: whoever inherits orphans may take seconds.
+        while (alive := [process for process in self.family if lives(process)]) and time.monotonic() < until:
+            select.select([], [], [], 0.02)
+        return alive
+
+
+def lives(process: psutil.Process) -> bool:
+    """Tell whether it runs, or could again."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 Start = Callable[..., Command]

@@ -18,7 +18,7 @@ from gateway.store.redis import Mode, RedisStore
 from tests.store.drawing import look, take
 from tests.store.servers import Deaf, Odd, Server, until
 from tests.store.test_exchange import Holder
-from tests.support.table import each
+from tests.support.table import each, named
 from tests.support.tls import AUTHORITY
 
 DRAWS = (Draw("a", rate_shape(600, 60), 1000),)
@@ -206,38 +206,42 @@ async def test_a_cluster_says_which_node_has_the_buckets() -> None:
         await store.stop()
 
 
-@each(
-    "answer",
-    [
-        b"$7\r\ngarbage\r\n",
-        b"$0\r\n\r\n",
-        b":1\r\n",
-        b"$-1\r\n",
-        b"*2\r\n:1\r\n:2\r\n",
-        b"$4\r\nvoid\r\n",
-        b"$16\r\ntaken 1 1 1 0 0 \xff\r\n",
-        b"-ERR this is no server for you\r\n",
-        b"-ASK 1 127.0.0.1:1\r\n",
-        b"-MOVED 1 127.0.0.1:1\r\n",
-        b"-BUSY a script\r\n",
-        b"-MISCONF no disk\r\n",
-        b"-OOM too much\r\n",
-        b"-NOPERM not you\r\n",
-        b"!\r\n",
-    ],
-)
-async def test_whatever_a_server_answers_is_a_standing(answer: bytes, unhandled: list[str]) -> None:
-    """It is asked again, not too often, and nobody waits."""
-    async with Odd(answer) as odd:
-        store = a_store(f"redis://127.0.0.1:{odd.port}", timeout=0.05)
-        store._link.start()
-        verdict = await reserve(store)
-        assert isinstance(verdict, Granted)
-        assert verdict.standing is Standing.DEGRADED
-        await until(lambda: odd.met >= 3)
-        assert store.standing is Standing.DEGRADED
-        assert odd.met < 30
-        await store._link.close()
+ANSWERS = [
+    b"$7\r\ngarbage\r\n",
+    b"$0\r\n\r\n",
+    b":1\r\n",
+    b"$-1\r\n",
+    b"*2\r\n:1\r\n:2\r\n",
+    b"$4\r\nvoid\r\n",
+    b"$16\r\ntaken 1 1 1 0 0 \xff\r\n",
+    b"-ERR this is no server for you\r\n",
+    b"-ASK 1 127.0.0.1:1\r\n",
+    b"-MOVED 1 127.0.0.1:1\r\n",
+    b"-BUSY a script\r\n",
+    b"-MISCONF no disk\r\n",
+    b"-OOM too much\r\n",
+    b"-NOPERM not you\r\n",
+    b"!\r\n",
+]
+
+
+async def test_whatever_a_server_answers_is_a_standing(unhandled: list[str]) -> None:
+    """It is asked again, not too often, and nobody waits. All of them at once: asking again takes its time."""
+
+    async def asked_again(answer: bytes) -> None:
+        async with Odd(answer) as odd:
+            store = a_store(f"redis://127.0.0.1:{odd.port}", timeout=0.05)
+            store._link.start()
+            verdict = await reserve(store)
+            with named(answer=answer):
+                assert isinstance(verdict, Granted)
+                assert verdict.standing is Standing.DEGRADED
+                await until(lambda: odd.met >= 3)
+                assert store.standing is Standing.DEGRADED
+                assert odd.met < 30
+            await store._link.close()
+
+    await asyncio.gather(*(asked_again(answer) for answer in ANSWERS))
 
 
 @pytest.mark.parametrize(
