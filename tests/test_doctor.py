@@ -106,7 +106,7 @@ def test_a_database_that_is_there(home: Path) -> None:
 def test_a_database_of_a_server(postgresql: Postgresql, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOREBAY_STATE__URL", postgresql.url)
     assert findings()["state"] == Finding("state", State.GOOD, describe(sa.make_url(postgresql.url)))
-    gc.collect()  # a connection left open says so now
+    gc.collect(1)  # a connection left open says so now
     postgresql.go_away()
     try:
         found = findings()["state"]
