@@ -172,11 +172,12 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load_of(engine: RealEngine) -> EngineLoad:
-    """Return what an engine says of its load."""
-    kind = ENGINES[engine.kind]
+    """Return what an engine says of its load; one that has just started says nothing for a moment."""
+    kind, until = ENGINES[engine.kind], time.monotonic() + ANSWER_WITHIN
     with engine.client() as client:
-        load = kind.read_load(client.get(kind.metrics_path).content)
-    assert load is not None
+        while (load := kind.read_load(client.get(kind.metrics_path).content)) is None:
+            assert time.monotonic() < until, "it says nothing of its load"
+            time.sleep(LOOK)
     return load
 
 
