@@ -673,13 +673,10 @@ class Relay:
     def _keep(self, out: bytes) -> None:
         """Keep what has begun, where it could go on elsewhere; else the body need not be kept either."""
         order = self._order
-        if order.mirror:
-            self._kept = Reason.OFF
-            order.fields.clear()
-            return
-        kept = self._kept = keep(
-            order.route, order.fields, self._ticket.bytes_in, self._limits.resume, self._admission.kept
-        )
+        kept: Kept | Reason = Reason.OFF
+        if not order.mirror:
+            kept = keep(order.route, order.fields, self._ticket.bytes_in, self._limits.resume, self._admission.kept)
+        self._kept = kept
         if isinstance(kept, Kept):
             kept.take(out)
         else:

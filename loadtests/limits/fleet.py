@@ -230,3 +230,16 @@ def _kill_all(fleet: Fleet) -> None:
         if server is not None:
             server.close()
     fleet.hands.shutdown()
+
+
+def slots_held(server: Server) -> dict[bytes, int]:
+    """Slots in use by the name of what the store keeps them under, of replicas that live by the store's word."""
+    with server.client() as untyped:
+        client: Any = untyped
+        seconds, micros = client.time()
+        living = client.zrangebyscore("{forebay}:replicas", f"({seconds * 1_000_000 + micros}", "+inf")
+        held = {}
+        for name in client.scan_iter("{forebay}:b:*:concurrent", count=1000):
+            fields = client.hgetall(name).items()
+            held[name] = sum(int(value) for holder, value in fields if holder.removeprefix(b"r:") in living)
+    return held

@@ -22,7 +22,7 @@ from loadtests.children import FleetError
 from loadtests.limits import report
 from loadtests.limits.account import read_rows
 from loadtests.limits.faults import FAULTS, Fault, Happened
-from loadtests.limits.fleet import LEAVES, STAYS, Fleet, Plan, start_fleet
+from loadtests.limits.fleet import LEAVES, STAYS, Fleet, Plan, slots_held, start_fleet
 from loadtests.limits.traffic import REFUSED_BY_ENGINE, Traffic
 
 _EXAMPLES = """\
@@ -117,24 +117,10 @@ def _until_idle(fleet: Fleet) -> dict[str, int]:
     deadline = time.monotonic() + _PATIENCE
     while True:
         working = sum(fleet.figures(model)["running"] + fleet.figures(model)["waiting"] for model in (STAYS, LEAVES))
-        slots = _slots(fleet)
+        slots = {_bucket(name): held for name, held in slots_held(fleet.server).items()}
         if (not working and not any(slots.values())) or time.monotonic() > deadline:
             return slots
         time.sleep(0.1)
-
-
-def _slots(fleet: Fleet) -> dict[str, int]:
-    """Slots by bucket, of replicas that live by the store's word."""
-    with fleet.server.client() as untyped:
-        client: Any = untyped
-        seconds, micros = client.time()
-        now = seconds * 1_000_000 + micros
-        living = client.zrangebyscore("{forebay}:replicas", f"({now}", "+inf")
-        held = {}
-        for name in client.scan_iter("{forebay}:b:*:concurrent", count=1000):
-            fields = client.hgetall(name).items()
-            held[_bucket(name)] = sum(int(value) for holder, value in fields if holder.removeprefix(b"r:") in living)
-    return held
 
 
 def _levels(fleet: Fleet) -> dict[str, int]:

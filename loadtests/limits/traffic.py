@@ -181,7 +181,8 @@ class Traffic:
                 idle = self._idle.setdefault(asked.replica, [])
                 line = idle.pop() if idle else await self._connect(asked.replica)
                 asked.began = time.time()
-                line.writer.write(_request(asked, key, body))
+                retries = f"x-stainless-retry-count: {asked.attempt}"
+                line.writer.write(request_of(asked.id, key, body, retries))
                 if await self._answer(line, asked):
                     idle.append(line)
                     line = None
@@ -217,7 +218,7 @@ class Traffic:
             return False
         body = await line.body(headers)
         if status == 200:
-            asked.prompt, asked.output = _usage(body)
+            asked.prompt, asked.output = usage_of(body)
         return headers.get(b"connection") != b"close"
 
 
@@ -236,11 +237,13 @@ def _body(crowd: Crowd, manner: Manner, model: str, number: int) -> bytes:
     return json.dumps(told).encode()
 
 
-def _request(asked: Asked, key: str, body: bytes) -> bytes:
+def request_of(id: str, key: str, body: bytes, *headers: str) -> bytes:
+    """A chat request, known by its client's own ``id``, with more whole lines of headers."""
+    told = "".join(f"{header}\r\n" for header in headers)
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nhost: replica\r\nauthorization: Bearer {key}\r\n"
-        f"content-type: application/json\r\nx-client-request-id: {asked.id}\r\n"
-        f"x-stainless-retry-count: {asked.attempt}\r\ncontent-length: {len(body)}\r\n\r\n"
+        f"content-type: application/json\r\nx-client-request-id: {id}\r\n"
+        f"{told}content-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
@@ -253,7 +256,7 @@ def _told(asked: Asked, status: int, headers: dict[bytes, bytes]) -> None:
         asked.retry_after = float(milliseconds) / 1000
 
 
-def _usage(body: bytes) -> tuple[int, int]:
+def usage_of(body: bytes) -> tuple[int, int]:
     """Prompt and answer tokens of an answer, whole or streamed."""
     at = body.rindex(b'"usage"')
     told, _ = json.JSONDecoder().raw_decode(body[at + 8 :].decode().lstrip(" :"))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loadtests.children import Child
-from loadtests.limits.traffic import Line
+from loadtests.limits.traffic import Line, request_of, usage_of
 from loadtests.soak.plan import KEYS_EACH, Crowd, key_of
 
 HUNG = 180.0
@@ -106,7 +106,7 @@ class Clients:
             async with asyncio.timeout(HUNG):
                 idle = self._idle.setdefault(replica, [])
                 line = idle.pop() if idle else await self._connect(replica)
-                line.writer.write(_request(asked, key, _body(crowd, asked, self._number)))
+                line.writer.write(request_of(asked.id, key, _body(crowd, asked, self._number)))
                 if await self._read(line, asked):
                     idle.append(line)
                     line = None
@@ -170,13 +170,6 @@ def ended(body: bytes, *, stream: bool) -> End:
     return End.ERROR_EVENT if last.startswith(b'data: {"error":') else End.CUT
 
 
-def usage_of(body: bytes) -> tuple[int, int]:
-    """Prompt and answer tokens of an answer, whole or streamed."""
-    at = body.rindex(b'"usage":')
-    told, _ = json.JSONDecoder().raw_decode(body[at + 8 :].decode(errors="replace").lstrip())
-    return int(told["prompt_tokens"]), int(told["completion_tokens"])
-
-
 def _body(crowd: Crowd, asked: Asked, number: int) -> bytes:
     told: dict[str, object] = {
         "model": crowd.model,
@@ -188,12 +181,3 @@ def _body(crowd: Crowd, asked: Asked, number: int) -> bytes:
     if asked.stream:
         told |= {"stream": True, "stream_options": {"include_usage": True}}
     return json.dumps(told).encode()
-
-
-def _request(asked: Asked, key: str, body: bytes) -> bytes:
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: replica\r\nauthorization: Bearer {key}\r\n"
-        f"content-type: application/json\r\nx-client-request-id: {asked.id}\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body

@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 import psutil
 
 from loadtests.children import Child, FleetError, engine_figures, get, wait_ended
+from loadtests.limits.fleet import slots_held
 from loadtests.soak.account import Look, Report, Seen, lines, read_rows, report_of
 from loadtests.soak.clients import Clients
 from loadtests.soak.faults import Happened, do
@@ -165,7 +165,7 @@ def _held(fleet: Fleet) -> dict[str, float]:
         held[f"requests in {name}"] = figures["running"] + figures["waiting"]
     for at in fleet.living():
         held |= {f"replica {at}: {name}": value for name, value in _gauges(fleet.replicas[at]).items()}
-    return held | _slots(fleet)
+    return held | {name.decode(): slots for name, slots in slots_held(fleet.redis).items()}
 
 
 def _gauges(replica: Child) -> dict[str, float]:
@@ -176,19 +176,6 @@ def _gauges(replica: Child) -> dict[str, float]:
         if name.partition("{")[0] in ("forebay_in_flight", "forebay_endpoint_in_flight", "forebay_queue_waiting"):
             found[name] = float(value)
     return found
-
-
-def _slots(fleet: Fleet) -> dict[str, float]:
-    """Slots by bucket, of replicas that live by the store's word."""
-    with fleet.redis.client() as untyped:
-        client: Any = untyped
-        seconds, micros = client.time()
-        living = client.zrangebyscore("{forebay}:replicas", f"({seconds * 1_000_000 + micros}", "+inf")
-        held: dict[str, float] = {}
-        for name in client.scan_iter("{forebay}:b:*:concurrent", count=1000):
-            fields = client.hgetall(name).items()
-            held[name.decode()] = sum(int(v) for holder, v in fields if holder.removeprefix(b"r:") in living)
-    return held
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from loadtests.limits.traffic import usage_of
 from loadtests.soak.account import Look, Report, Row, Seen, counted, lines, report_of
-from loadtests.soak.clients import Asked, End, ended, usage_of
+from loadtests.soak.clients import Asked, End, ended
 from loadtests.soak.faults import STEPS, Happened
 from loadtests.soak.plan import DRAIN, SIMULATED, TENANTS, TIMELINE, most_tokens
 
