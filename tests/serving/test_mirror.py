@@ -16,7 +16,7 @@ from tests.conftest import Connect
 from tests.support.gateway import AUTH, CHAT, KEY, Gateway, StartGateway, chat, relayed, serving, until
 from tests.support.journal import Journal
 from tests.support.recordings import load
-from tests.support.script import Gate, event_stream, json_answer
+from tests.support.script import Do, Gate, event_stream, json_answer
 from tests.support.upstream import ScriptedUpstream
 
 ANSWER = b'{"model":"own","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
@@ -174,3 +174,24 @@ async def test_nothing_is_copied_that_is_refused_or_counts_tokens_only(
     copied.replica.pool.endpoints[0].down("as the test says")
     assert (await copied.ask(chat(model="large"))).status == 503
     assert relayed(second) == []
+
+
+async def test_a_copys_stream_that_breaks_off_goes_on_nowhere(
+    start_gateway: StartGateway, upstream: ScriptedUpstream, second: ScriptedUpstream, journal: Journal
+) -> None:
+    """Its client's would; nobody reads this one, and no other engine works for it."""
+    whole = event_stream(load("vllm", "chat_stream").events())
+    upstream.always(whole, path=CHAT)
+    async with ScriptedUpstream(journal=journal, name="third") as third:
+        for one in (second, third):
+            one.always(whole.do(Do.CLOSE, whole.after_frame(2)), path=CHAT)
+        gateway = await start_gateway(
+            serving(upstream, models={"large": "own-large"}, name="one"),
+            serving(second, models={"next": "own-next"}, name="two"),
+            serving(third, models={"next": "own-next"}, name="three"),
+            models=COPIED,
+        )
+        assert (await gateway.ask(chat(model="large", stream=True))).status == 200
+        line = await gateway.line("mirror")
+        assert (line["outcome"], line["attempts"]) == ("engine_failed", 1)
+        assert len(relayed(second)) + len(relayed(third)) == 1
