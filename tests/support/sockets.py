@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
 import socket
@@ -108,6 +109,8 @@ def unread_by_peer(sock: socket.socket) -> int:
 
 # Asked thousands of times by some tests; opened before any of them begins to count sockets.
 _kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) if sys.platform == "linux" else None
+if _kernel is not None:
+    atexit.register(_kernel.close)
 
 
 class _Peer(NamedTuple):
